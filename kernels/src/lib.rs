@@ -1,0 +1,3 @@
+//! Compute backends. So far the CPU reference backend.
+
+pub mod collective;
