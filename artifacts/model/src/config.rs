@@ -242,6 +242,7 @@ impl ModelConfig {
         multiple("head_dim * heads per group", self.num_attention_heads / self.o_groups * self.head_dim, TILE)?;
         multiple("o_groups * o_lora_rank", self.o_groups * self.o_lora_rank, TILE)?;
         multiple("qk_rope_head_dim", self.qk_rope_head_dim, 2)?;
+        multiple("head_dim", self.head_dim, 32)?;
         multiple("index_head_dim", self.index_head_dim, FP4_GROUP)?;
         if self.qk_rope_head_dim >= self.head_dim || self.qk_rope_head_dim > self.index_head_dim {
             let expected = "less than head_dim and at most index_head_dim";

@@ -1,0 +1,57 @@
+//! y = x . W^T for weights of any stored format.
+
+use crate::ops::{Mat, for_chunks};
+use crate::simd;
+use crate::weights::Matrix;
+
+/// Outputs a task computes.
+const OUTPUTS_PER_TASK: usize = 32;
+
+/// `x [rows, cols]` times `w [outputs, cols]` transposed: `[rows, outputs]`, float32, unrounded.
+///
+/// Each weight row is widened once and used for every row of `x`.
+pub fn matmul(x: &Mat, w: Matrix<'_>) -> Mat {
+    assert_eq!(x.cols, w.cols, "matmul: inputs");
+    let mut out = Mat::zeros(x.rows, w.rows);
+    if x.rows == 0 || w.rows == 0 {
+        return out;
+    }
+    let work = x.rows.max(4) * w.rows * w.cols;
+    // Outputs first, so that tasks write apart from one another.
+    let mut by_output = vec![0f32; x.rows * w.rows];
+    for_chunks(&mut by_output, OUTPUTS_PER_TASK * x.rows, work, |task, chunk| {
+        let mut widened = vec![0f32; w.cols];
+        for (i, out) in chunk.chunks_exact_mut(x.rows).enumerate() {
+            let index = task * OUTPUTS_PER_TASK + i;
+            if let Some(row) = w.f32_row(index) {
+                dot_rows(x, row, out);
+            } else {
+                w.widen_row(index, &mut widened);
+                dot_rows(x, &widened, out);
+            }
+        }
+    });
+    if x.rows == 1 {
+        out.data = by_output;
+        return out;
+    }
+    for r in 0..x.rows {
+        for (o, v) in out.row_mut(r).iter_mut().enumerate() {
+            *v = by_output[o * x.rows + r];
+        }
+    }
+    out
+}
+
+/// Dot products of every row of `x` with `w`.
+fn dot_rows(x: &Mat, w: &[f32], out: &mut [f32]) {
+    let mut r = 0;
+    while r + 4 <= x.rows {
+        let four = simd::dot4([x.row(r), x.row(r + 1), x.row(r + 2), x.row(r + 3)], w);
+        out[r..r + 4].copy_from_slice(&four);
+        r += 4;
+    }
+    for r in r..x.rows {
+        out[r] = simd::dot(x.row(r), w);
+    }
+}

@@ -1,0 +1,202 @@
+//! A loaded rank: its tensors as views into one arena of bytes.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use dsv4_model::layout::{Format, MatrixLayout};
+use dsv4_model::tensors::{TensorRow, table};
+use dsv4_model::{Block, Kind, ModelConfig, ModelError, TensorId, Tp};
+
+use crate::simd;
+
+/// The arena's bytes, however they are held.
+pub type Arena = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// Why a loaded rank cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    /// The configuration does not allow this rank.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The arena lacks a tensor.
+    #[error(
+        "tensor {tensor}: not in the loaded rank\n  help: the artifact was made for another model description; pack it again"
+    )]
+    Missing { tensor: String },
+    /// A tensor has another size than the model description says.
+    #[error(
+        "tensor {tensor}: {found} bytes loaded, expected {expected}\n  help: the artifact was made for another model description; pack it again"
+    )]
+    Size { tensor: String, found: u64, expected: u64 },
+}
+
+struct Place {
+    row: TensorRow,
+    layout: MatrixLayout,
+    rows: usize,
+    cols: usize,
+    bytes: Range<usize>,
+}
+
+/// The weights of one rank.
+pub struct Weights {
+    arena: Arena,
+    places: HashMap<TensorId, Place>,
+    /// Vectors and other small tensors, widened once.
+    small: HashMap<TensorId, Vec<f32>>,
+}
+
+/// One matrix `[rows, cols]` in its stored format.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+    format: Format,
+    layout: MatrixLayout,
+    /// Stored row that row 0 is.
+    first: usize,
+    bytes: &'a [u8],
+}
+
+impl<'a> Matrix<'a> {
+    /// Number format.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Widens row `index` into `out` (`cols` values).
+    pub fn widen_row(&self, index: usize, out: &mut [f32]) {
+        assert!(index < self.rows && out.len() == self.cols, "row {index} of {}", self.rows);
+        let index = self.first + index;
+        let row_bytes = self.layout.row_bytes as usize;
+        let codes = &self.bytes[index * row_bytes..(index + 1) * row_bytes];
+        let scales = |row: usize| {
+            let width = self.layout.scale_row_bytes as usize;
+            let start = self.layout.scales_offset as usize + row * width;
+            &self.bytes[start..start + width]
+        };
+        match self.format {
+            Format::F32 => out.copy_from_slice(bytemuck::cast_slice(codes)),
+            Format::Bf16 => simd::widen_bf16(codes, out),
+            Format::Fp8 => simd::widen_fp8(codes, scales(index / dsv4_model::layout::TILE as usize), out),
+            Format::Fp4 => simd::widen_fp4(codes, scales(index), out),
+            Format::I64 => panic!("an integer table is not a matrix"),
+        }
+    }
+
+    /// Rows `first..first + count` as a matrix of their own.
+    pub fn rows_from(self, first: usize, count: usize) -> Matrix<'a> {
+        assert!(first + count <= self.rows, "rows {first}+{count} of {}", self.rows);
+        Matrix { first: self.first + first, rows: count, ..self }
+    }
+
+    /// Row `index` of a float32 matrix, in place.
+    pub fn f32_row(&self, index: usize) -> Option<&'a [f32]> {
+        let row_bytes = self.layout.row_bytes as usize;
+        let index = self.first + index;
+        (self.format == Format::F32)
+            .then(|| bytemuck::cast_slice(&self.bytes[index * row_bytes..(index + 1) * row_bytes]))
+    }
+}
+
+impl Weights {
+    /// Views of every tensor of `config`'s model at `tp` in `arena`; `place` gives a tensor's bytes by name.
+    ///
+    /// Errors: a tensor missing or of another size.
+    pub fn new(
+        config: &ModelConfig,
+        tp: Tp,
+        arena: Arena,
+        place: impl Fn(&str) -> Option<Range<usize>>,
+    ) -> Result<Weights, WeightsError> {
+        let mut weights = Weights { arena, places: HashMap::new(), small: HashMap::new() };
+        for row in table(config) {
+            let bytes = place(&row.name).ok_or_else(|| WeightsError::Missing { tensor: row.name.clone() })?;
+            let expected = row.artifact_bytes(tp)?;
+            let inside = bytes.end <= (*weights.arena).as_ref().len();
+            if !inside || (bytes.end - bytes.start) as u64 != expected {
+                let found = (bytes.end.saturating_sub(bytes.start)) as u64;
+                return Err(WeightsError::Size { tensor: row.name, found, expected });
+            }
+            let shape = row.local_shape(tp)?;
+            let cols = shape[shape.len() - 1] as usize;
+            let rows = if shape.len() == 1 { 1 } else { shape[shape.len() - 2] as usize };
+            let layout = row.matrix_layout(tp)?;
+            let id = row.id;
+            weights.places.insert(id, Place { row, layout, rows, cols, bytes });
+            if is_small(id.kind) {
+                let values = weights.widen(id);
+                weights.small.insert(id, values);
+            }
+        }
+        Ok(weights)
+    }
+
+    fn widen(&self, id: TensorId) -> Vec<f32> {
+        let m = self.matrix(id, 0);
+        let mut out = vec![0.0; m.rows * m.cols];
+        for (i, row) in out.chunks_exact_mut(m.cols).enumerate() {
+            m.widen_row(i, row);
+        }
+        out
+    }
+
+    fn place(&self, id: TensorId) -> &Place {
+        self.places.get(&id).unwrap_or_else(|| panic!("no tensor {id:?} in this model"))
+    }
+
+    /// Matrix `index` of a tensor (0 unless it is a stack of experts). Panics if the model has no such tensor.
+    pub fn matrix(&self, id: TensorId, index: usize) -> Matrix<'_> {
+        let p = self.place(id);
+        assert!((index as u64) < p.row.matrices(), "matrix {index} of {}", p.row.name);
+        let stride = p.layout.stride as usize;
+        let start = p.bytes.start + index * stride;
+        let bytes = &(*self.arena).as_ref()[start..start + stride];
+        Matrix { rows: p.rows, cols: p.cols, format: p.row.format, layout: p.layout, first: 0, bytes }
+    }
+
+    /// A vector, or a small matrix row after row, in float32.
+    pub fn small(&self, block: Block, kind: Kind) -> &[f32] {
+        let id = TensorId { block, kind };
+        self.small.get(&id).unwrap_or_else(|| panic!("no small tensor {id:?} in this model"))
+    }
+
+    /// Row `token` of the token-to-expert table.
+    pub fn experts_of(&self, block: Block, token: u32) -> &[i32] {
+        let p = self.place(TensorId { block, kind: Kind::Tid2Eid });
+        let row_bytes = p.layout.row_bytes as usize;
+        let start = p.bytes.start + token as usize * row_bytes;
+        bytemuck::cast_slice(&(*self.arena).as_ref()[start..start + row_bytes])
+    }
+}
+
+/// Tensors that are widened at load: everything but the matrices that a matmul streams.
+fn is_small(kind: Kind) -> bool {
+    use Kind::*;
+    matches!(
+        kind,
+        Norm | HcHeadFn
+            | HcHeadBase
+            | HcHeadScale
+            | AttnNorm
+            | FfnNorm
+            | HcAttnBase
+            | HcAttnScale
+            | HcFfnBase
+            | HcFfnScale
+            | AttnSink
+            | QNorm
+            | KvNorm
+            | CompressorApe
+            | CompressorNorm
+            | IndexerApe
+            | IndexerNorm
+            | GateBias
+            | ENorm
+            | HNorm
+            | MainNorm
+    )
+}
