@@ -1,1 +1,17 @@
-//! dsv4c.
+//! dsv4c: from a checkpoint to an artifact.
+//!
+//! [`checkpoint`] reads and judges what was downloaded, [`plan`] says what will be written,
+//! [`split`] cuts tensors into ranks' parts, [`pack`] streams one into the other. [`synth`] makes
+//! checkpoints of any size out of a config.json, and [`inspect`] shows what an artifact holds.
+//! Which tensors there are and how ranks share them is `dsv4-model`'s to say, how files are laid
+//! out and hashed `dsv4-format`'s.
+
+pub mod checkpoint;
+pub mod error;
+pub mod inspect;
+pub mod pack;
+pub mod plan;
+pub mod split;
+pub mod synth;
+
+pub use error::CompileError;

@@ -1,1 +1,44 @@
-//! The `.dsv4` artifact: files, sections, blocks, hashes. Knows sections, not models.
+//! The `.dsv4` artifact: files, sections, blocks and hashes.
+//!
+//! A packer plans each rank's file ([`RankLayout`]), writes it through a [`Draft`] and commits;
+//! a runtime opens the result ([`Artifact`]), checks it and streams a rank into an [`Arena`].
+//! Every byte of every file is described in `docs/format.md`.
+//!
+//! Invariants: what has the final name is complete; no byte of a rank file is handed out before its
+//! block's hash matched; nothing but RECEIPT.json depends on time, host, path or thread count.
+//! Absent on purpose: models (tensor names and dtypes are opaque text here), weight compression,
+//! signatures (SIGNATURE is a known name, its content is not this crate's business).
+
+mod artifact;
+mod check;
+mod commit;
+mod draft;
+mod error;
+mod header;
+mod identity;
+pub mod io;
+mod layout;
+mod load;
+mod manifest;
+mod map;
+mod members;
+mod parallel;
+mod progress;
+mod rank_writer;
+mod section;
+mod verify;
+
+pub use artifact::Artifact;
+pub use commit::{CommitInput, Committed, Outcome};
+pub use draft::{Draft, DraftOptions, KernelInput};
+pub use error::{FormatError, SuperblockCopy};
+pub use header::{BLOCK_BYTES, FORMAT_VERSION, MANIFEST_BYTES_MAX, SECTION_ALIGN};
+pub use layout::{Place, RankLayout, SectionLayout, SectionPlan, TensorPlan};
+pub use load::{Arena, Block, RankReader};
+pub use manifest::{
+    ArtifactId, Canary, Digest, KernelRecord, KernelSetId, Manifest, Member, RankFile, Section, SourceId, StoredFile,
+    Tensor, WeightSetId,
+};
+pub use progress::{NoProgress, Progress};
+pub use rank_writer::RankWriter;
+pub use verify::VerifyReport;

@@ -1,0 +1,20 @@
+//! How long operations tell a caller where they are. The bars themselves are drawn by the binaries.
+
+/// Receives byte counts from several threads at once.
+pub trait Progress: Sync {
+    /// A stage begins; `what` is for people, `total_bytes` is exact.
+    fn start(&self, what: &str, total_bytes: u64);
+    /// `bytes` more are done and verified.
+    fn add(&self, bytes: u64);
+    /// The stage ended well. Not called when it fails.
+    fn finish(&self);
+}
+
+/// Reports to nobody.
+pub struct NoProgress;
+
+impl Progress for NoProgress {
+    fn start(&self, _what: &str, _total_bytes: u64) {}
+    fn add(&self, _bytes: u64) {}
+    fn finish(&self) {}
+}

@@ -1,0 +1,146 @@
+//! Every stored byte of an artifact, judged: what is named must be exact, what is not named must be
+//! zero, and nothing else may lie in the directory. RECEIPT.json and SIGNATURE are known names
+//! whose content is not covered here.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use crate::artifact::{Artifact, require_len};
+use crate::error::FormatError;
+use crate::header::{
+    BLOCK_BYTES, HEADER_BYTES, MANIFEST_FILE, RECEIPT_FILE, SECTION_ALIGN, SIGNATURE_FILE, rank_file_name,
+};
+use crate::io::{AlignedBuf, DirectFile};
+use crate::load::{Block, blocks, read_verified};
+use crate::manifest::{Digest, RankFile, StoredFile};
+use crate::members;
+use crate::parallel::{default_threads, for_each};
+use crate::progress::Progress;
+use crate::section::first_nonzero;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VerifyReport {
+    /// Ranks whose files were read whole.
+    pub ranks: Vec<u32>,
+    /// Ranks the manifest knows and this directory lacks.
+    pub absent: Vec<u32>,
+    /// Bytes read and judged.
+    pub bytes: u64,
+    /// Whether SIGNATURE is there (it is not judged).
+    pub signed: bool,
+}
+
+impl Artifact {
+    /// Reads and judges everything. Errors name the file and, in rank files, section, block and offset.
+    pub fn verify(&self, progress: &dyn Progress) -> Result<VerifyReport, FormatError> {
+        // Again, from disk: what was opened may have changed since.
+        let now = Artifact::open(self.path())?;
+        if now.manifest().artifact_id != self.manifest().artifact_id {
+            return Err(FormatError::NotAnArtifact {
+                path: self.path().to_path_buf(),
+                found: "another one than when it was opened".into(),
+            });
+        }
+        now.verify_contents(progress)
+    }
+
+    fn verify_contents(&self, progress: &dyn Progress) -> Result<VerifyReport, FormatError> {
+        let signed = self.check_names()?;
+        let manifest = self.manifest();
+        let stored: Vec<_> = std::iter::once(&manifest.meta).chain(&manifest.kernel_files).collect();
+        let ranks: Vec<_> = manifest.ranks.iter().filter(|rank| self.has_rank(rank.rank)).collect();
+        let bytes = stored.iter().map(|f| f.len).chain(ranks.iter().map(|r| r.file_len)).sum();
+        progress.start("verify", bytes);
+        for file in stored {
+            self.verify_stored(file)?;
+            progress.add(file.len);
+        }
+        for rank in ranks {
+            self.verify_rank(rank, progress)?;
+        }
+        progress.finish();
+        let absent = (0..manifest.tp).filter(|&rank| !self.has_rank(rank)).collect();
+        Ok(VerifyReport { ranks: self.present_ranks().to_vec(), absent, bytes, signed })
+    }
+
+    /// Every name in the directory is expected. Returns whether SIGNATURE is among them.
+    fn check_names(&self) -> Result<bool, FormatError> {
+        let manifest = self.manifest();
+        let mut known = BTreeSet::from([MANIFEST_FILE.to_string(), RECEIPT_FILE.into(), SIGNATURE_FILE.into()]);
+        known.extend((0..manifest.tp).map(rank_file_name));
+        known.extend(manifest.kernel_files.iter().map(|file| file.name.clone()));
+        if !manifest.meta.members.is_empty() {
+            known.insert(manifest.meta.name.clone());
+        }
+        let examine = |e| FormatError::io("examine", self.path(), 0, e);
+        let mut signed = false;
+        for entry in fs::read_dir(self.path()).map_err(examine)? {
+            let name = entry.map_err(examine)?.file_name();
+            if !name.to_str().is_some_and(|name| known.contains(name)) {
+                return Err(FormatError::UnknownFile {
+                    path: self.path().join(&name),
+                    expected: known.into_iter().collect::<Vec<_>>().join(", "),
+                    found: name.to_string_lossy().into_owned(),
+                });
+            }
+            signed |= name == SIGNATURE_FILE;
+        }
+        Ok(signed)
+    }
+
+    fn verify_stored(&self, stored: &StoredFile) -> Result<(), FormatError> {
+        if stored.members.is_empty() {
+            return Ok(());
+        }
+        let path = self.path().join(&stored.name);
+        let file = DirectFile::open(&path)?;
+        require_len(&file, stored.len)?;
+        let mut bytes = vec![0; stored.len as usize];
+        file.read_exact_at(&mut bytes, 0)?;
+        let found = Digest::of(&bytes);
+        if found != stored.hash {
+            return Err(FormatError::Hash { file: path, what: "the file".into(), expected: stored.hash, found });
+        }
+        for member in &stored.members {
+            // Members follow each other from 0 to the file's length (checked with the manifest).
+            let start = member.offset as usize;
+            members::restore(member, &bytes[start..start + member.len as usize], &path)?;
+        }
+        Ok(())
+    }
+
+    fn verify_rank(&self, rank: &RankFile, progress: &dyn Progress) -> Result<(), FormatError> {
+        let file = self.open_rank(rank)?;
+        let mut head = AlignedBuf::new(SECTION_ALIGN as usize)?;
+        file.read_exact_at(&mut head, 0)?;
+        require_zero(&head[HEADER_BYTES..], HEADER_BYTES as u64, &file)?;
+        progress.add(SECTION_ALIGN + HEADER_BYTES as u64);
+        let layout = self.layout(rank.rank)?;
+        let gaps: Vec<_> = layout.sections().iter().map(|section| section.gaps()).collect();
+        let buffer = || AlignedBuf::named(BLOCK_BYTES as usize, "a block to verify");
+        for_each(blocks(rank), default_threads(), buffer, |buf, block: Block<'_>| {
+            let bytes = &mut buf[..block.len];
+            read_verified(&file, file.path(), &block, bytes)?;
+            // The hash says these are the bytes that were written; the format says padding is zero.
+            let (start, end) = (block.index * BLOCK_BYTES, block.index * BLOCK_BYTES + block.len as u64);
+            let gaps = &gaps[block.section_index];
+            let first = gaps.partition_point(|&(_, gap_end)| gap_end <= start);
+            for &(gap_start, gap_end) in gaps[first..].iter().take_while(|gap| gap.0 < end) {
+                let (from, to) = (gap_start.max(start) - start, gap_end.min(end) - start);
+                let base = block.file_offset + from;
+                require_zero(&bytes[from as usize..to as usize], base, &file)?;
+            }
+            progress.add(block.len as u64);
+            Ok(())
+        })
+    }
+}
+
+fn require_zero(bytes: &[u8], base: u64, file: &DirectFile) -> Result<(), FormatError> {
+    match first_nonzero(bytes) {
+        None => Ok(()),
+        Some((at, found)) => {
+            Err(FormatError::Padding { file: file.path().to_path_buf(), offset: base + at as u64, found })
+        }
+    }
+}

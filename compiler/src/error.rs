@@ -1,0 +1,128 @@
+//! Everything that can go wrong in the compiler, each message as
+//! what / where / expected / found / what to do.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use dsv4_format::FormatError;
+use dsv4_model::ModelError;
+
+/// Shown of each kind of tensor mismatch; the rest is only counted.
+const SHOWN_MAX: usize = 20;
+
+/// Errors of all verbs.
+#[derive(Debug, thiserror::Error)]
+pub enum CompileError {
+    /// The configuration is of another model, or the model cannot be cut as asked.
+    #[error("{at}: {source}", at = .at.display())]
+    Model {
+        at: PathBuf,
+        #[source]
+        source: ModelError,
+    },
+    /// Reading a shard, or writing or reading an artifact.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// Any other file operation.
+    #[error("{path}: cannot {action}: {source}\n  help: check the path, its permissions and the disk", path = .path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    /// Nothing of what was written stays.
+    #[error("{path}: the disk is full: {needed} bytes are needed for all of it\n  help: free space or choose a directory on another file system", path = .path.display())]
+    NoSpace { path: PathBuf, needed: u64 },
+    /// The directory has not the files of a checkpoint.
+    #[error("{dir}: not a checkpoint: expected {expected}, found {found}\n  help: give the directory that holds config.json and the *.safetensors files", dir = .dir.display())]
+    NotACheckpoint { dir: PathBuf, expected: String, found: String },
+    /// A small file is not small.
+    #[error("{file}: length is at least {found} bytes, expected at most {limit}\n  help: this is not such a file; fetch it again", file = .file.display())]
+    TooLarge { file: PathBuf, limit: u64, found: u64 },
+    /// A shard's data ends before its header says so.
+    #[error("{file}: truncated: expected {expected} bytes, found {found}, {missing} are missing\n  help: fetch this shard again", file = .file.display(), missing = .expected - .found)]
+    Truncated { file: PathBuf, expected: u64, found: u64 },
+    /// A safetensors header that is malformed or contradicts itself.
+    #[error("{file}: header: {at}: expected {expected}, found {found}\n  help: the file is damaged or not a safetensors file; fetch it again", file = .file.display())]
+    Header { file: PathBuf, at: String, expected: String, found: String },
+    /// model.safetensors.index.json is malformed or names what the shards do not have.
+    #[error("{file}: {at}: expected {expected}, found {found}\n  help: the index and the shards are not of one download; fetch them again", file = .file.display())]
+    Index { file: PathBuf, at: String, expected: String, found: String },
+    /// The tensors are not those of the model that config.json describes.
+    #[error("{dir}: the tensors are not those of the model in config.json{mismatch}\n  help: config.json and the shards must be of one DeepSeek-V4 release in its published FP8/FP4 formats", dir = .dir.display())]
+    Tensors { dir: PathBuf, mismatch: Box<Mismatch> },
+    /// A stored value no kernel could use.
+    #[error(
+        "{tensor}: element {element} is {found}, expected {expected}\n  help: the checkpoint is damaged at this place; fetch the shard that holds this tensor again"
+    )]
+    Value { tensor: String, element: u64, expected: String, found: String },
+    /// The output's name is taken.
+    #[error("{path}: expected a free name, found {found}\n  help: choose another name, or move away what is there", path = .path.display())]
+    Occupied { path: PathBuf, found: &'static str },
+    /// An artifact with the output's name that cannot become the one asked for.
+    #[error("{path}: an artifact is already here: {what}: expected {expected}, found {found}\n  help: choose another name, or replace it with --force", path = .path.display())]
+    OtherArtifact { path: PathBuf, what: &'static str, expected: String, found: String },
+    /// A request that cannot be meant.
+    #[error("{what}: expected {expected}, found {found}\n  help: {help}")]
+    Usage { what: &'static str, expected: String, found: String, help: &'static str },
+}
+
+impl CompileError {
+    /// Process exit code: 2 usage, 3 input or artifact, 4 memory.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            CompileError::Usage { .. } | CompileError::Model { source: ModelError::Tp { .. }, .. } => 2,
+            CompileError::Format(FormatError::Memory { .. }) => 4,
+            _ => 3,
+        }
+    }
+
+    pub(crate) fn model(at: &Path) -> impl FnOnce(ModelError) -> CompileError + '_ {
+        move |source| CompileError::Model { at: at.to_path_buf(), source }
+    }
+
+    pub(crate) fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> CompileError + 'a {
+        move |source| CompileError::Io { action, path: path.to_path_buf(), source }
+    }
+}
+
+/// How the tensors of a checkpoint differ from the table, all differences together.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Mismatch {
+    /// Names the table has and the checkpoint has not.
+    pub missing: Vec<String>,
+    /// `name in file` the table has not.
+    pub extra: Vec<String>,
+    /// `name in file: expected, found`.
+    pub wrong_shape: Vec<String>,
+    /// `name in file: expected, found`.
+    pub wrong_dtype: Vec<String>,
+}
+
+impl Mismatch {
+    /// Whether the checkpoint is exactly the table.
+    pub fn is_empty(&self) -> bool {
+        self.missing.is_empty() && self.extra.is_empty() && self.wrong_shape.is_empty() && self.wrong_dtype.is_empty()
+    }
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kinds = [
+            ("missing", &self.missing),
+            ("not of this model", &self.extra),
+            ("with another shape", &self.wrong_shape),
+            ("with another dtype", &self.wrong_dtype),
+        ];
+        for (kind, list) in kinds {
+            if list.is_empty() {
+                continue;
+            }
+            write!(f, "\n  {} {kind}:", list.len())?;
+            for item in list.iter().take(SHOWN_MAX) {
+                write!(f, "\n    {item}")?;
+            }
+            if list.len() > SHOWN_MAX {
+                write!(f, "\n    and {} more", list.len() - SHOWN_MAX)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,117 @@
+//! The command's contract: exit codes, what goes to stdout, JSON keys.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use crate::fixture::{NANO, TINY, names};
+
+fn dsv4c(args: &[&str], dir: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_dsv4c")).args(args).current_dir(dir).output().unwrap()
+}
+
+/// Exit code, stdout, stderr.
+fn run(args: &[&str], dir: &Path) -> (i32, String, String) {
+    let out = dsv4c(args, dir);
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (out.status.code().unwrap(), text(out.stdout), text(out.stderr))
+}
+
+fn json(args: &[&str], dir: &Path) -> Value {
+    let (code, out, err) = run(args, dir);
+    assert_eq!((code, err.as_str()), (0, ""), "{args:?}");
+    serde_json::from_str(&out).unwrap()
+}
+
+#[test]
+fn pack_inspect_and_verify() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path();
+    let packed = json(&["pack", NANO, "--tp", "2", "--arch", "none", "--jobs", "2", "--memory", "512M", "--json"], dir);
+    assert_eq!(names(dir), ["nano.dsv4"]);
+    assert_eq!((packed["outcome"].as_str(), packed["source_bytes"].as_u64()), (Some("created"), Some(18_317_390)));
+    let shown = json(&["inspect", "nano.dsv4", "--json"], dir);
+    assert_eq!(shown["artifact_id"], packed["artifact_id"]);
+    assert_eq!(shown["weight_set_id"], packed["weight_set_id"]);
+    assert_eq!((shown["tp"].as_u64(), shown["format"].as_u64()), (Some(2), Some(1)));
+    assert_eq!(shown["model"]["num_hidden_layers"], 8);
+    let sections = shown["sections"].as_array().unwrap();
+    assert_eq!(sections.len(), 4);
+    assert_eq!((sections[1]["rank"].as_u64(), sections[1]["name"].as_str()), (Some(0), Some("mtp.0")));
+    assert_eq!(shown["kernels"], Value::Array(Vec::new()));
+    let (code, out, err) = run(&["inspect", "nano.dsv4"], dir);
+    assert!(code == 0 && err.is_empty() && out.contains(packed["artifact_id"].as_str().unwrap()), "{out}");
+    assert_eq!(json(&["verify", "nano.dsv4", "--json"], dir)["ranks"], serde_json::json!([0, 1]));
+
+    let (code, out, _) = run(&["pack", NANO, "--tp", "2", "--fresh"], dir);
+    assert!(code == 0 && out.contains("already there"), "{out}");
+    let (code, out, err) = run(&["pack", TINY, "--tp", "2", "-o", "nano.dsv4"], dir);
+    assert!(code == 3 && out.is_empty() && err.starts_with("error: ") && err.contains("\n  help: "), "{err}");
+    assert_eq!(run(&["pack", TINY, "--tp", "2", "-o", "nano.dsv4", "--force"], dir).0, 0);
+
+    let file = dir.join("nano.dsv4/rank1.weights");
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes[5 << 20] ^= 4;
+    std::fs::write(&file, bytes).unwrap();
+    let (code, _, err) = run(&["verify", "nano.dsv4"], dir);
+    assert!(code == 3 && err.contains("rank1.weights") && err.contains("section"), "{err}");
+}
+
+#[test]
+fn usage_and_input_errors_have_their_codes() {
+    let temp = tempfile::tempdir().unwrap();
+    for (args, expected, words) in [
+        (vec!["pack", NANO], 2, "--tp"),
+        (vec!["pack", NANO, "--tp", "3"], 2, "1, 2, 4 or 8"),
+        (vec!["pack", NANO, "--tp", "2", "--arch", "sm_121a"], 2, "--arch none"),
+        (vec!["pack", NANO, "--tp", "2", "--jobs", "0"], 2, "--jobs"),
+        (vec!["pack", NANO, "--tp", "2", "--memory", "1M"], 2, "--memory"),
+        (vec!["pack", NANO, "--tp", "2", "--memory", "99999999999G"], 2, "a number of bytes"),
+        (vec!["pack", NANO, "--tp", "4"], 3, "layers.0.attn.wq_b"),
+        (vec!["pack", "nowhere", "--tp", "1"], 3, "nowhere"),
+        (vec!["plan", "nowhere", "--tp", "1"], 3, "nowhere"),
+        (vec!["synth", NANO, "-o", "x", "--layers", "two"], 2, "a number of layers"),
+        (vec!["synth", NANO, "-o", "x", "--layers", "9"], 3, "--layers"),
+        (vec!["inspect", NANO], 3, "MANIFEST"),
+        (vec!["verify", "nowhere"], 3, "nowhere"),
+        (vec!["fly"], 2, "fly"),
+    ] {
+        let (code, out, err) = run(&args, temp.path());
+        assert!(code == expected && out.is_empty() && err.contains(words), "{args:?}: {code}\n{err}");
+    }
+    assert!(names(temp.path()).is_empty());
+}
+
+#[test]
+fn synth_takes_lists_of_layers() {
+    let temp = tempfile::tempdir().unwrap();
+    for (layers, kept) in [("2", "[0,0,0]"), ("2,", "[4,0]"), ("2,3", "[4,128,0]")] {
+        let made = json(
+            &["synth", NANO, "-o", layers, "--layers", layers, "--seed", "3", "--shards", "2", "--json"],
+            temp.path(),
+        );
+        assert_eq!(made["shards"], 2);
+        let config = std::fs::read_to_string(temp.path().join(layers).join("config.json")).unwrap();
+        let config: Value = serde_json::from_str(&config).unwrap();
+        assert_eq!(config["compress_ratios"].to_string(), kept);
+    }
+}
+
+/// The published totals of Flash, from its config alone.
+#[test]
+fn plan_of_the_real_model() {
+    let temp = tempfile::tempdir().unwrap();
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/flash_config.json");
+    let plan = json(&["plan", config, "--tp", "2", "--json"], temp.path());
+    assert_eq!((plan["tensors"].as_u64(), plan["checkpoint_bytes"].as_u64()), (Some(69_187), Some(159_609_485_896)));
+    let rank = &plan["ranks"][1];
+    // Within padding of half the cut weights and all the copied ones.
+    assert!((80_470_000_000..80_600_000_000).contains(&rank["file_bytes"].as_u64().unwrap()), "{rank}");
+    let sections = plan["sections"].as_array().unwrap();
+    let bytes: u64 = sections.iter().map(|s| s["bytes"].as_u64().unwrap()).sum();
+    assert_eq!(Some(bytes), rank["arena_bytes"].as_u64());
+    let (code, text, _) = run(&["plan", config, "--tp", "2"], temp.path());
+    assert!(code == 0 && text.contains("159609485896") && text.contains("layers.42"), "{text}");
+    assert_eq!(json(&["plan", NANO, "--tp", "1", "--json"], temp.path())["tensors"], 754);
+}

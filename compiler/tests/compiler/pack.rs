@@ -1,0 +1,238 @@
+//! Packing: the right bytes under the right names, the same bytes every time, nothing after a failure.
+
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::Path;
+
+use dsv4_format::{Artifact, FormatError, NoProgress, Outcome};
+use dsv4_model::layout::Format;
+use dsv4_model::tensors::table;
+use dsv4_model::{ModelConfig, Tp};
+use dsv4c::CompileError;
+use dsv4c::pack::{PackOptions, PackReport, pack};
+use dsv4c::synth::{Layers, SynthOptions, synth};
+
+use crate::fixture::{NANO, Shard, SmallDisk, TINY, assert_same, copy, names, tensors};
+
+fn options(checkpoint: impl AsRef<Path>, tp: u32, out: &Path) -> PackOptions {
+    PackOptions { out: Some(out.to_path_buf()), ..PackOptions::new(checkpoint.as_ref(), tp) }
+}
+
+fn packed(checkpoint: impl AsRef<Path>, tp: u32, out: &Path) -> PackReport {
+    pack(&options(checkpoint, tp, out), &NoProgress).unwrap()
+}
+
+/// On one rank every row is its stored tensors, whole: values, then scales at the next 256 bytes.
+#[test]
+fn every_tensor_lies_under_its_name() {
+    let temp = tempfile::tempdir().unwrap();
+    for checkpoint in [NANO, TINY] {
+        let out = temp.path().join("one.dsv4");
+        let report = pack(&PackOptions { force: true, ..options(checkpoint, 1, &out) }, &NoProgress).unwrap();
+        let artifact = Artifact::open(&out).unwrap();
+        assert_eq!(artifact.manifest().artifact_id.to_string(), report.artifact_id);
+        artifact.verify(&NoProgress).unwrap();
+        let arena = artifact.load_rank(0, 2, &NoProgress).unwrap();
+        let config = ModelConfig::parse(&artifact.manifest().config_json).unwrap();
+        let source = tensors(Path::new(checkpoint));
+        let mut seen = 0;
+        for row in table(&config) {
+            let layout = row.matrix_layout(Tp::ONE).unwrap();
+            let bytes = arena.tensor(&row.name).unwrap();
+            assert_eq!(bytes.len() as u64, layout.stride * row.matrices());
+            for matrix in 0..row.matrices() {
+                let place = (layout.stride * matrix) as usize;
+                for (part, tensor) in row.stored(matrix).iter().enumerate() {
+                    let at = place + if part == 0 { 0 } else { layout.scales_offset as usize };
+                    let expected = match row.format {
+                        Format::I64 => source[&tensor.name].chunks(8).flat_map(|b| b[..4].to_vec()).collect(),
+                        _ => source[&tensor.name].clone(),
+                    };
+                    assert!(bytes[at..at + expected.len()] == expected, "{}", tensor.name);
+                    seen += 1;
+                }
+            }
+        }
+        assert_eq!(seen, source.len());
+    }
+}
+
+#[test]
+fn packing_again_elsewhere_with_other_threads_gives_the_same_bytes() {
+    let temp = tempfile::tempdir().unwrap();
+    for (name, checkpoint) in [("nano", NANO), ("tiny", TINY)] {
+        for tp in [1, 2] {
+            let elsewhere = temp.path().join(format!("{name}{tp}"));
+            fs::create_dir(&elsewhere).unwrap();
+            let (a, b) = (temp.path().join(format!("{name}{tp}.dsv4")), elsewhere.join("other.dsv4"));
+            let jobs = |n| NonZeroUsize::new(n);
+            let first = pack(&PackOptions { jobs: jobs(1), ..options(checkpoint, tp, &a) }, &NoProgress).unwrap();
+            let again = copy(checkpoint, &elsewhere.join("copy"));
+            let second = pack(&PackOptions { jobs: jobs(2), ..options(again, tp, &b) }, &NoProgress).unwrap();
+            assert_eq!(first.artifact_id, second.artifact_id);
+            assert_same(&a, &b);
+        }
+    }
+}
+
+/// An embedding of many tiles: tile size follows the memory allowed, the bytes do not.
+#[test]
+fn memory_does_not_change_a_byte() {
+    let temp = tempfile::tempdir().unwrap();
+    let config = fs::read_to_string(Path::new(NANO).join("config.json")).unwrap();
+    let path = temp.path().join("config.json");
+    fs::write(&path, config.replace("\"vocab_size\": 2048", "\"vocab_size\": 65536")).unwrap();
+    let checkpoint = temp.path().join("wide");
+    let options_ =
+        SynthOptions { config: path, out: checkpoint.clone(), layers: Layers::First(1), seed: 5, shards: None };
+    synth(&options_, &NoProgress).unwrap();
+    let (a, b) = (temp.path().join("a.dsv4"), temp.path().join("b.dsv4"));
+    let whole = packed(&checkpoint, 2, &a);
+    let jobs = NonZeroUsize::new(3);
+    let tight = PackOptions { jobs, memory: 101 << 20, ..options(&checkpoint, 2, &b) };
+    let narrow = pack(&tight, &NoProgress).unwrap();
+    assert_eq!((&whole.artifact_id, &whole.source_id), (&narrow.artifact_id, &narrow.source_id));
+    assert_same(&a, &b);
+    let starved = pack(&PackOptions { memory: 50 << 20, ..tight }, &NoProgress).unwrap_err();
+    assert!(matches!(starved, CompileError::Usage { what: "--memory", .. }) && starved.exit_code() == 2, "{starved}");
+}
+
+#[test]
+fn the_source_id_depends_on_bytes_and_names_not_on_files() {
+    let temp = tempfile::tempdir().unwrap();
+    let whole = packed(NANO, 1, &temp.path().join("whole.dsv4"));
+    // The same tensors in one file, in another order.
+    let joined = temp.path().join("joined");
+    fs::create_dir(&joined).unwrap();
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        fs::copy(Path::new(NANO).join(name), joined.join(name)).unwrap();
+    }
+    let mut header = serde_json::Map::new();
+    let mut data: Vec<u8> = Vec::new();
+    for name in ["model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"] {
+        let shard = Shard::read(&Path::new(NANO).join(name));
+        for (tensor, mut entry) in shard.entries().into_iter().rev() {
+            let start = data.len();
+            data.extend_from_slice(&shard.data[shard.range(&tensor)]);
+            entry["data_offsets"] = vec![start, data.len()].into();
+            header.insert(tensor, entry);
+        }
+    }
+    let file = joined.join("all.safetensors");
+    let mut shard = Shard { header: serde_json::Value::Object(header).to_string(), data };
+    shard.write(&file);
+    let same = packed(&joined, 1, &temp.path().join("joined.dsv4"));
+    assert_eq!((&whole.source_id, &whole.artifact_id), (&same.source_id, &same.artifact_id));
+    let at = shard.range("embed.weight").start;
+    shard.data[at] ^= 1;
+    shard.write(&file);
+    let other = packed(&joined, 1, &temp.path().join("other.dsv4"));
+    assert_ne!(whole.source_id, other.source_id);
+    assert_ne!(whole.weight_set_id, other.weight_set_id);
+}
+
+#[test]
+fn side_files_come_along_and_may_be_absent() {
+    let temp = tempfile::tempdir().unwrap();
+    packed(NANO, 1, &temp.path().join("nano.dsv4"));
+    packed(TINY, 1, &temp.path().join("tiny.dsv4"));
+    let nano = Artifact::open(&temp.path().join("nano.dsv4")).unwrap();
+    let tiny = Artifact::open(&temp.path().join("tiny.dsv4")).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        assert_eq!(nano.meta(name).unwrap(), Some(fs::read(Path::new(NANO).join(name)).unwrap()));
+        assert_eq!(tiny.meta(name).unwrap(), None);
+    }
+    assert_eq!(nano.meta("conversations.json").unwrap(), None);
+}
+
+#[test]
+fn a_name_that_is_taken() {
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("x.dsv4");
+    assert_eq!(packed(NANO, 1, &out).outcome, Outcome::Created);
+    assert_eq!(packed(NANO, 1, &out).outcome, Outcome::AlreadyThere);
+    for (checkpoint, tp) in [(TINY, 1), (NANO, 2)] {
+        let error = pack(&options(checkpoint, tp, &out), &NoProgress).unwrap_err();
+        assert!(matches!(error, CompileError::OtherArtifact { .. }) && error.exit_code() == 3, "{error}");
+    }
+    // Other values under the same config: only packing tells.
+    let other = copy(NANO, &temp.path().join("other"));
+    let file = other.join("model-00001-of-00002.safetensors");
+    let mut shard = Shard::read(&file);
+    shard.data[0] ^= 1;
+    shard.write(&file);
+    let error = pack(&options(&other, 1, &out), &NoProgress).unwrap_err();
+    assert!(matches!(error, CompileError::Format(FormatError::Exists { .. })) && error.exit_code() == 3, "{error}");
+    let forced = pack(&PackOptions { force: true, ..options(&other, 1, &out) }, &NoProgress).unwrap();
+    assert_eq!(forced.outcome, Outcome::Replaced);
+    assert_eq!(names(temp.path()), ["other", "x.dsv4"]);
+}
+
+#[test]
+fn one_rank_has_the_ids_of_all() {
+    let temp = tempfile::tempdir().unwrap();
+    let (all, one) = (temp.path().join("all.dsv4"), temp.path().join("one.dsv4"));
+    let whole = packed(NANO, 2, &all);
+    let half = pack(&PackOptions { rank: Some(1), ..options(NANO, 2, &one) }, &NoProgress).unwrap();
+    assert_eq!(whole.artifact_id, half.artifact_id);
+    assert_eq!(Artifact::open(&one).unwrap().present_ranks(), [1]);
+    assert!(fs::read(all.join("rank1.weights")).unwrap() == fs::read(one.join("rank1.weights")).unwrap());
+    let error = pack(&PackOptions { rank: Some(2), ..options(NANO, 2, &one) }, &NoProgress).unwrap_err();
+    assert_eq!(error.exit_code(), 2, "{error}");
+}
+
+/// What went wrong, and that nothing stayed.
+fn refused(checkpoint: &Path, tp: u32) -> CompileError {
+    let temp = tempfile::tempdir().unwrap();
+    let error = pack(&options(checkpoint, tp, &temp.path().join("x.dsv4")), &NoProgress).unwrap_err();
+    assert!(names(temp.path()).is_empty(), "{:?}", names(temp.path()));
+    error
+}
+
+#[test]
+fn a_tp_that_cuts_a_tile_names_the_tensor() {
+    for checkpoint in [NANO, TINY] {
+        let error = refused(Path::new(checkpoint), 4);
+        assert!(
+            error.to_string().contains("tensor layers.0.attn.wq_b") && error.to_string().contains("--tp 1, 2"),
+            "{error}"
+        );
+        assert_eq!(error.exit_code(), 3);
+    }
+    assert_eq!(refused(Path::new(NANO), 3).exit_code(), 2);
+}
+
+#[test]
+fn values_no_kernel_can_use_are_named() {
+    let temp = tempfile::tempdir().unwrap();
+    for (tensor, at, value, expected) in [
+        ("layers.1.attn.wkv.weight", 1234, &[0xff][..], "element 1234 is NaN (code 0xff)"),
+        ("layers.1.attn.wkv.scale", 1, &[0xff], "element 1 is NaN (code 0xff)"),
+        ("layers.1.ffn.experts.5.w2.scale", 77, &[0xff], "element 77 is NaN (code 0xff)"),
+        (
+            "layers.0.ffn.gate.tid2eid",
+            80,
+            &[8, 0, 0, 0, 0, 0, 0, 0],
+            "element 10 is 8, expected an expert number in 0..8",
+        ),
+        ("layers.0.ffn.gate.tid2eid", 0, &[0xff; 8], "element 0 is -1"),
+    ] {
+        let dir = temp.path().join(format!("{tensor}.{at}"));
+        copy(TINY, &dir);
+        let file = dir.join("tiny.safetensors");
+        let mut shard = Shard::read(&file);
+        let start = shard.range(tensor).start + at;
+        shard.data[start..start + value.len()].copy_from_slice(value);
+        shard.write(&file);
+        let error = refused(&dir, 2).to_string();
+        assert!(error.starts_with(tensor) && error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn a_full_disk_is_an_error_and_leaves_nothing() {
+    let Some(disk) = SmallDisk::mount(12) else { return };
+    let error = pack(&options(NANO, 2, &disk.path().join("x.dsv4")), &NoProgress).unwrap_err();
+    assert!(matches!(error, CompileError::Format(FormatError::NoSpace { .. })), "{error}");
+    assert!(names(disk.path()).is_empty());
+}

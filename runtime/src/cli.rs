@@ -1,0 +1,184 @@
+//! Arguments of `dsv4-run`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use dsv4_kernels::numerics::Numerics;
+
+/// Runs a packed DeepSeek-V4 artifact.
+#[derive(Parser, Debug)]
+#[command(name = "dsv4-run", version, about)]
+pub struct Cli {
+    /// The artifact directory (NAME.dsv4)
+    pub artifact: PathBuf,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Verb {
+    /// Answers one prompt or conversation
+    Generate(GenerateArgs),
+    /// Talks in the terminal
+    Chat(ChatArgs),
+    /// Writes the logits of given tokens
+    Logits(LogitsArgs),
+    /// One more rank on this machine; started by rank 0
+    #[command(hide = true)]
+    Rank(RankArgs),
+}
+
+#[derive(Args, Debug)]
+pub struct Common {
+    /// Compute backend
+    #[arg(long, value_enum, default_value_t = Backend::Auto)]
+    pub backend: Backend,
+    /// Activation arithmetic: exact float32, or as published (FP8/FP4 activations)
+    #[arg(long, value_enum, default_value_t = NumericsArg::Published)]
+    pub numerics: NumericsArg,
+    /// Compute threads of this process and the ranks it starts [default: all cores]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Prompt tokens per prefill step
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    pub chunk: u32,
+    /// Most tokens of prompt and answer [default: what the model allows]
+    #[arg(long)]
+    pub max_context: Option<usize>,
+    /// This process's rank, with --peers
+    #[arg(long, requires = "peers")]
+    pub rank: Option<u32>,
+    /// HOST:PORT of every rank in order, this one included, with --rank
+    #[arg(long, value_delimiter = ',', requires = "rank")]
+    pub peers: Vec<String>,
+    /// Seconds to wait for the other ranks
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub peer_timeout: u64,
+    /// No progress, no summary
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum NumericsArg {
+    Float,
+    Published,
+}
+
+impl From<NumericsArg> for Numerics {
+    fn from(arg: NumericsArg) -> Numerics {
+        match arg {
+            NumericsArg::Float => Numerics::Float,
+            NumericsArg::Published => Numerics::Published,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EffortArg {
+    Low,
+    High,
+    Max,
+}
+
+#[derive(Args, Debug)]
+pub struct AnswerArgs {
+    /// Let the model reason before it answers
+    #[arg(long)]
+    pub thinking: bool,
+    /// How hard to think, with --thinking
+    #[arg(long, value_enum, requires = "thinking")]
+    pub reasoning_effort: Option<EffortArg>,
+    /// Most tokens of the answer [default: the rest of the context]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: Option<u32>,
+    /// 0 always takes the likeliest token
+    #[arg(long, default_value_t = 0.0, value_parser = temperature)]
+    pub temperature: f32,
+    /// Choose among the likeliest tokens with this much probability
+    #[arg(long, default_value_t = 1.0, value_parser = probability)]
+    pub top_p: f32,
+    /// Seed of the choice
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Most tokens to draft per step; never changes the answer
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=16))]
+    pub draft: u16,
+}
+
+#[derive(Args, Debug)]
+pub struct GenerateArgs {
+    /// One user message
+    #[arg(long, conflicts_with = "messages", required_unless_present = "messages")]
+    pub prompt: Option<String>,
+    /// JSON file: a list of messages in OpenAI form, or an object with "messages" and "tools"
+    #[arg(long)]
+    pub messages: Option<PathBuf>,
+    /// JSON file: a list of tools in OpenAI form
+    #[arg(long)]
+    pub tools: Option<PathBuf>,
+    /// Print one JSON object with everything
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub answer: AnswerArgs,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+#[derive(Args, Debug)]
+pub struct ChatArgs {
+    /// System message
+    #[arg(long)]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub answer: AnswerArgs,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+#[derive(Args, Debug)]
+pub struct LogitsArgs {
+    /// JSON file: a list of token ids
+    #[arg(long)]
+    pub tokens: PathBuf,
+    /// safetensors file to write: "logits" [n, vocab] F32
+    #[arg(short, long)]
+    pub output: PathBuf,
+    /// Also "mtp" [n-1, vocab]: row p predicts token p+2
+    #[arg(long)]
+    pub mtp: bool,
+    #[command(flatten)]
+    pub common: Common,
+}
+
+#[derive(Args, Debug)]
+pub struct RankArgs {
+    #[command(flatten)]
+    pub common: Common,
+    #[arg(long)]
+    pub local_rank: u32,
+    #[arg(long)]
+    pub local_leader: SocketAddr,
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    in_range(text, 0.0, 100.0)
+}
+
+fn probability(text: &str) -> Result<f32, String> {
+    in_range(text, 1e-6, 1.0)
+}
+
+fn in_range(text: &str, low: f32, high: f32) -> Result<f32, String> {
+    let value: f32 = text.parse().map_err(|_| format!("expected a number in {low}..={high}"))?;
+    if (low..=high).contains(&value) { Ok(value) } else { Err(format!("expected a number in {low}..={high}")) }
+}

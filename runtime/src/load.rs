@@ -1,0 +1,121 @@
+//! From an artifact to a rank that can run: contracts, exact cover, weights in memory.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use dsv4_format::{Arena, Artifact, Progress};
+use dsv4_kernels::collective::Collective;
+use dsv4_kernels::numerics::Numerics;
+use dsv4_kernels::reference::Reference;
+use dsv4_kernels::weights::Weights;
+use dsv4_model::contract;
+use dsv4_model::plan::sections;
+use dsv4_model::{ModelConfig, Tp};
+
+use crate::error::RunError;
+
+/// Members of `meta` that hold the contract texts.
+const WEIGHT_CONTRACT: &str = "weight_contract.txt";
+const OP_CONTRACT: &str = "op_contract.txt";
+
+/// An artifact that this program can run.
+pub struct Opened {
+    /// The files.
+    pub artifact: Artifact,
+    /// The model in them.
+    pub config: ModelConfig,
+}
+
+/// Opens an artifact and checks that it was made for this program's description of the model.
+///
+/// Reads no weights. Errors: the files, another contract, a tensor missing, extra or of another size.
+pub fn open(path: &Path) -> Result<Opened, RunError> {
+    let artifact = Artifact::open(path)?;
+    let manifest = artifact.manifest();
+    let ours = [contract::weight_contract(), contract::op_contract()];
+    let stored = [manifest.weight_contract, manifest.op_contract];
+    let names = [("weight", WEIGHT_CONTRACT), ("op", OP_CONTRACT)];
+    for ((text, digest), (name, member)) in ours.iter().zip(stored).zip(names) {
+        if contract::hash(text) != digest.0 {
+            let theirs = artifact.meta(member)?.unwrap_or_default();
+            let theirs = String::from_utf8_lossy(&theirs).into_owned();
+            let (line, ours, theirs) = contract::first_difference(text, &theirs).unwrap_or_default();
+            return Err(RunError::Contract { contract: name, line, ours, theirs });
+        }
+    }
+    let config = ModelConfig::parse(&manifest.config_json)?;
+    for rank in &manifest.ranks {
+        let tp = Tp::new(rank.rank, manifest.tp)?;
+        let mut expected = BTreeSet::new();
+        for section in sections(&config, tp)? {
+            for row in section.rows {
+                expected.insert((section.name.clone(), row.name.clone(), row.artifact_bytes(tp)?));
+            }
+        }
+        let stored =
+            rank.sections.iter().flat_map(|s| s.tensors.iter().map(|t| (s.name.clone(), t.name.clone(), t.len)));
+        let found: BTreeSet<(String, String, u64)> = stored.collect();
+        if let Some((section, name, bytes)) = expected.symmetric_difference(&found).next() {
+            let missing = expected.contains(&(section.clone(), name.clone(), *bytes));
+            return Err(RunError::Input {
+                file: path.join("MANIFEST"),
+                expected: "exactly the model's tensors".into(),
+                found: format!(
+                    "tensor {name} of {bytes} bytes in section {section} {} in rank {}",
+                    if missing { "missing" } else { "not of the model" },
+                    rank.rank
+                ),
+                help: "pack the checkpoint again",
+            });
+        }
+    }
+    Ok(Opened { artifact, config })
+}
+
+/// How a rank computes.
+#[derive(Clone, Copy, Debug)]
+pub struct RankOptions {
+    /// Activation arithmetic.
+    pub numerics: Numerics,
+    /// Sequences at once.
+    pub slots: usize,
+    /// Most rows of one sequence in a step: the prefill chunk.
+    pub rows_max: usize,
+    /// Threads that read and verify.
+    pub threads: usize,
+}
+
+/// Bytes held by an [`Arena`], for the compute backend.
+struct ArenaBytes(Arena);
+
+impl AsRef<[u8]> for ArenaBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Opened {
+    /// Streams a rank's weights into memory, every block verified. Errors: file, section, block, offset.
+    pub fn load(&self, rank: u32, threads: usize, progress: &dyn Progress) -> Result<Arena, RunError> {
+        Ok(self.artifact.load_rank(rank, threads, progress)?)
+    }
+
+    /// The CPU backend of a rank over its loaded weights.
+    pub fn backend(
+        &self,
+        arena: Arena,
+        collective: Box<dyn Collective>,
+        options: RankOptions,
+    ) -> Result<Reference, RunError> {
+        let tp = Tp::new(collective.rank(), self.artifact.manifest().tp)?;
+        let layout = Arc::clone(self.artifact.layout(tp.rank())?);
+        let place = move |name: &str| {
+            let place = layout.tensor(name)?;
+            Some(place.arena_offset as usize..(place.arena_offset + place.len) as usize)
+        };
+        let weights = Weights::new(&self.config, tp, Arc::new(ArenaBytes(arena)), place)?;
+        let Opened { config, .. } = self;
+        Ok(Reference::new(config.clone(), tp, options.numerics, weights, collective, options.slots, options.rows_max))
+    }
+}

@@ -1,0 +1,210 @@
+//! Ranks brought to life: found or started, compared, loaded, ready for commands.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use dsv4_format::Progress;
+use dsv4_kernels::collective::{Alone, Collective};
+use dsv4_kernels::numerics::Numerics;
+
+use crate::error::RunError;
+use crate::load::{Opened, RankOptions, open};
+use crate::ranks::{self, Control, ControlReceiver, Deadlines, Facts, LocalRanks, Mesh, Token};
+use crate::step::{Engine, Rank};
+
+/// How long ranks wait for each other's weights.
+const LOAD_WITHIN: Duration = Duration::from_secs(3600);
+/// How long a local rank may take to end after the last command.
+const END_WITHIN: Duration = Duration::from_secs(5);
+
+/// Where the ranks are.
+#[derive(Clone, Debug)]
+pub enum Places {
+    /// All of them processes on this machine, started by this one.
+    Local,
+    /// This process was started by rank 0 on this machine.
+    Child { rank: u32, leader: SocketAddr },
+    /// One process each, at these addresses.
+    Peers { rank: u32, peers: Vec<String>, within: Duration },
+}
+
+/// What every rank must be told alike.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The artifact directory.
+    pub artifact: PathBuf,
+    /// Activation arithmetic.
+    pub numerics: Numerics,
+    /// Rows of a prefill step.
+    pub chunk: usize,
+    /// Compute threads of this process.
+    pub threads: usize,
+    /// Where the ranks are.
+    pub places: Places,
+}
+
+/// Rank 0, ready.
+pub struct Session {
+    /// The artifact and its model.
+    pub opened: Opened,
+    /// All ranks.
+    pub engine: Engine,
+    locals: Option<LocalRanks>,
+}
+
+/// What [`start`] made of this process.
+pub enum Started {
+    /// Rank 0.
+    Leader(Box<Session>),
+    /// Another rank, that now serves rank 0 until the end.
+    Worker(Box<Rank>, ControlReceiver),
+}
+
+/// Opens the artifact, connects the ranks and loads this one's weights.
+///
+/// The ranks compare artifact and settings before a weight byte is read. Errors: the artifact, a peer that
+/// differs or does not come, memory.
+pub fn start(settings: &Settings, progress: &dyn Progress) -> Result<Started, RunError> {
+    let opened = open(&settings.artifact)?;
+    let tp = opened.artifact.manifest().tp;
+    let facts = facts(&opened, settings);
+    let mut locals = None;
+    let (mesh, local_ranks) = match &settings.places {
+        Places::Local if tp == 1 => (None, 1),
+        Places::Local => {
+            let exe = std::env::current_exe().map_err(|source| RunError::Io {
+                action: "finding",
+                file: PathBuf::from("dsv4-run"),
+                source,
+                help: "start the ranks by hand with --rank and --peers",
+            })?;
+            let mut ranks = LocalRanks::spawn(&exe, &child_arguments(settings, tp), tp)?;
+            let mesh = ranks.connect(facts, Deadlines::default())?;
+            locals = Some(ranks);
+            (Some(mesh), tp)
+        }
+        Places::Child { rank, leader } => {
+            // Standard input ends when rank 0 does, also while this rank computes.
+            let seat = ranks::join_local(*rank, *leader, std::io::stdin(), || std::process::exit(5))?;
+            (Some(seat.connect(facts, Deadlines::default())?), tp)
+        }
+        Places::Peers { rank, peers, within } => {
+            if peers.len() != tp as usize {
+                let count = peers.len();
+                return Err(RunError::Usage(format!(
+                    "--peers lists {count} ranks, the artifact was packed for {tp}\n  help: give --peers {tp} addresses, rank 0 first"
+                )));
+            }
+            // The id keeps mixed-up groups apart; it is no secret. The link between machines is private.
+            let token = Token::new(opened.artifact.manifest().artifact_id.0);
+            let deadlines = Deadlines { connect: *within, ..Deadlines::default() };
+            (Some(ranks::connect(*rank, peers, token, facts, deadlines)?), 1)
+        }
+    };
+    start_threads(settings, local_ranks)?;
+    let (rank, control): (Rank, Option<Control>) = match mesh {
+        None => {
+            let arena = opened.load(0, settings.threads, progress)?;
+            (Rank::new(opened.backend(arena, Box::new(Alone), options(settings))?), None)
+        }
+        Some(Mesh { mut collective, control }) => {
+            let arena = opened.load(collective.rank(), settings.threads, progress)?;
+            collective.barrier(LOAD_WITHIN)?;
+            (Rank::new(opened.backend(arena, Box::new(collective), options(settings))?), Some(control))
+        }
+    };
+    let sender = match control {
+        Some(Control::Worker(receiver)) => return Ok(Started::Worker(Box::new(rank), receiver)),
+        Some(Control::Leader(sender)) => Some(sender),
+        None => None,
+    };
+    Ok(Started::Leader(Box::new(Session { opened, engine: Engine::new(rank, sender), locals })))
+}
+
+fn options(settings: &Settings) -> RankOptions {
+    RankOptions { numerics: settings.numerics, slots: 1, rows_max: settings.chunk, threads: settings.threads }
+}
+
+/// What must be equal on all ranks.
+fn facts(opened: &Opened, settings: &Settings) -> Facts {
+    let m = opened.artifact.manifest();
+    [
+        ("artifact_id", m.artifact_id.to_string()),
+        ("weight_set_id", m.weight_set_id.to_string()),
+        ("weight_contract", m.weight_contract.to_string()),
+        ("op_contract", m.op_contract.to_string()),
+        ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("backend", "cpu".to_owned()),
+        ("numerics", settings.numerics.name().to_owned()),
+        ("chunk", settings.chunk.to_string()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .to_vec()
+}
+
+fn child_arguments(settings: &Settings, tp: u32) -> Vec<OsString> {
+    let mut arguments = vec![settings.artifact.clone().into_os_string()];
+    let threads = (settings.threads / tp as usize).max(1).to_string();
+    let chunk = settings.chunk.to_string();
+    let flags = ["rank", "--quiet", "--numerics", settings.numerics.name(), "--chunk", &chunk, "--threads", &threads];
+    arguments.extend(flags.iter().map(OsString::from));
+    arguments
+}
+
+/// Threads are shared out among the ranks of a machine.
+fn start_threads(settings: &Settings, local_ranks: u32) -> Result<(), RunError> {
+    let threads = match settings.places {
+        Places::Child { .. } => settings.threads,
+        _ => (settings.threads / local_ranks as usize).max(1),
+    };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|e| RunError::Threads { threads, reason: e.to_string() })
+}
+
+impl Session {
+    /// A better error than a lost connection, where a local rank has just ended.
+    pub fn explain(&mut self, error: RunError) -> RunError {
+        let lost = matches!(error, RunError::Peer(_) | RunError::Backend(_));
+        let ended = self.locals.as_mut().filter(|_| lost).and_then(|l| l.find_ended(Duration::from_secs(1)));
+        ended.map_or(error, RunError::Peer)
+    }
+
+    /// Ends all ranks in order.
+    pub fn close(self) -> Result<(), RunError> {
+        self.engine.close()?;
+        match self.locals {
+            Some(locals) => Ok(locals.finish(END_WITHIN)?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Reads a file of the user's, at most `limit` bytes.
+pub fn read_input(file: &Path, limit: u64) -> Result<Vec<u8>, RunError> {
+    use std::io::Read;
+    let failed = |source| RunError::Io { action: "reading", file: file.to_owned(), source, help: "check the path" };
+    let opened = std::fs::File::open(file).map_err(failed)?;
+    let mut bytes = Vec::new();
+    opened.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > limit {
+        return Err(RunError::Input {
+            file: file.to_owned(),
+            expected: format!("at most {limit} bytes"),
+            found: "more".into(),
+            help: "give a smaller file",
+        });
+    }
+    Ok(bytes)
+}
+
+/// Writes text to standard output at once. A closed pipe is the reader's wish to stop, not an error.
+pub fn print_now(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}

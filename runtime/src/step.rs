@@ -1,0 +1,209 @@
+//! One step on every rank: rank 0 sends a command, all ranks run the same forward pass.
+
+use dsv4_kernels::ops::Mat;
+use dsv4_kernels::reference::{Reference, Streams};
+use dsv4_model::Model;
+use dsv4_model::ops::{Segment, Step};
+
+use crate::error::RunError;
+use crate::ranks::wire::{Reader, WireError, Writer};
+use crate::ranks::{ControlReceiver, ControlSender};
+
+/// Longest list in a command; a step has at most this many rows.
+const LIST_MAX: u32 = 1 << 20;
+
+/// Which streams a draft step continues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Those of the last trunk step.
+    Trunk,
+    /// Those of the last draft step.
+    Draft,
+}
+
+/// What rank 0 asks of every rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Start an empty sequence in a slot.
+    Open(u32),
+    /// Forget the sequence in a slot.
+    Close(u32),
+    /// Run the trunk.
+    Trunk(Step),
+    /// Run the draft block.
+    Draft(Step, Source),
+}
+
+impl Command {
+    fn encode(&self) -> Vec<u8> {
+        let mut w = Writer::new();
+        match self {
+            Command::Open(slot) => {
+                w.u8(1);
+                w.u32(*slot);
+            }
+            Command::Close(slot) => {
+                w.u8(2);
+                w.u32(*slot);
+            }
+            Command::Trunk(step) => {
+                w.u8(3);
+                encode_step(&mut w, step);
+            }
+            Command::Draft(step, source) => {
+                w.u8(if *source == Source::Trunk { 4 } else { 5 });
+                encode_step(&mut w, step);
+            }
+        }
+        w.into_bytes()
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Command, WireError> {
+        let mut r = Reader::new(bytes);
+        let command = match r.u8("command")? {
+            1 => Command::Open(r.u32("slot")?),
+            2 => Command::Close(r.u32("slot")?),
+            3 => Command::Trunk(decode_step(&mut r)?),
+            4 => Command::Draft(decode_step(&mut r)?, Source::Trunk),
+            // Any other kind is read as the last one and fails on its fields or runs like it: the hello
+            // has made sure that both ends are the same version.
+            _ => Command::Draft(decode_step(&mut r)?, Source::Draft),
+        };
+        r.finish()?;
+        Ok(command)
+    }
+}
+
+fn encode_step(w: &mut Writer, step: &Step) {
+    w.u32s(&step.tokens);
+    let segments: Vec<u32> = step.segments.iter().flat_map(|s| [s.slot, s.start, s.rows]).collect();
+    w.u32s(&segments);
+    w.u32s(&step.logits);
+    w.u32s(&step.source);
+}
+
+fn decode_step(r: &mut Reader<'_>) -> Result<Step, WireError> {
+    let tokens = r.u32s("tokens", LIST_MAX)?;
+    let segments = r.u32s("segments", 3 * LIST_MAX)?;
+    let segments = segments.chunks_exact(3).map(|s| Segment { slot: s[0], start: s[1], rows: s[2] }).collect();
+    Ok(Step { tokens, segments, logits: r.u32s("logits", LIST_MAX)?, source: r.u32s("source", LIST_MAX)? })
+}
+
+/// One rank: its backend and the streams of its last steps.
+pub struct Rank {
+    model: Model,
+    backend: Reference,
+    trunk: Option<Streams>,
+    draft: Option<Streams>,
+}
+
+impl Rank {
+    /// A rank over a loaded backend.
+    pub fn new(backend: Reference) -> Rank {
+        Rank { model: Model::new(backend.config()), backend, trunk: None, draft: None }
+    }
+
+    /// The compute backend.
+    pub fn backend_mut(&mut self) -> &mut Reference {
+        &mut self.backend
+    }
+
+    /// Runs one command; rank 0 gets the wanted logits `[wanted, V]`.
+    fn run(&mut self, command: Command) -> Result<Mat, RunError> {
+        match command {
+            Command::Open(slot) => self.backend.open(slot),
+            Command::Close(slot) => self.backend.close(slot),
+            Command::Trunk(step) => {
+                let wanted = !step.logits.is_empty();
+                self.backend.begin(step);
+                let streams = self.model.trunk(&mut self.backend)?;
+                let streams = self.trunk.insert(streams);
+                if wanted {
+                    return Ok(self.model.logits(&mut self.backend, streams)?);
+                }
+            }
+            Command::Draft(step, source) => {
+                let wanted = !step.logits.is_empty();
+                self.backend.begin(step);
+                let from = if source == Source::Trunk { &self.trunk } else { &self.draft };
+                let from = from.as_ref().expect("a draft step follows the step it continues");
+                let streams = self.model.mtp(&mut self.backend, from)?;
+                let streams = self.draft.insert(streams);
+                if wanted {
+                    return Ok(self.model.mtp_logits(&mut self.backend, streams)?);
+                }
+            }
+        }
+        Ok(Mat::default())
+    }
+
+    /// Serves rank 0 until it closes the control connection. Errors: rank 0 or another rank is lost.
+    pub fn work(mut self, mut control: ControlReceiver) -> Result<(), RunError> {
+        while let Some(frame) = control.recv_control()? {
+            self.run(Command::decode(&frame)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// All ranks, seen from rank 0.
+pub struct Engine {
+    rank: Rank,
+    control: Option<ControlSender>,
+}
+
+impl Engine {
+    /// Rank 0 with its workers; without `control` it is alone.
+    pub fn new(rank: Rank, control: Option<ControlSender>) -> Engine {
+        Engine { rank, control }
+    }
+
+    /// This process's rank.
+    pub fn rank_mut(&mut self) -> &mut Rank {
+        &mut self.rank
+    }
+
+    /// Runs a command on every rank: the wanted logits.
+    pub fn run(&mut self, command: Command) -> Result<Mat, RunError> {
+        if let Some(control) = &mut self.control {
+            control.send_control(&command.encode())?;
+        }
+        self.rank.run(command)
+    }
+
+    /// Ends the workers in order.
+    pub fn close(self) -> Result<(), RunError> {
+        if let Some(control) = self.control {
+            control.close()?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_survive_the_wire() {
+        let step = Step {
+            tokens: vec![3, 1, 4],
+            segments: vec![Segment { slot: 2, start: 9, rows: 1 }, Segment { slot: 0, start: 0, rows: 2 }],
+            logits: vec![2],
+            source: vec![7],
+        };
+        for command in [
+            Command::Open(3),
+            Command::Close(1),
+            Command::Trunk(step.clone()),
+            Command::Draft(step.clone(), Source::Trunk),
+            Command::Draft(step, Source::Draft),
+        ] {
+            let bytes = command.encode();
+            assert_eq!(Command::decode(&bytes).unwrap(), command);
+            for cut in 0..bytes.len() {
+                assert!(Command::decode(&bytes[..cut]).is_err());
+            }
+        }
+    }
+}
