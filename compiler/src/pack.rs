@@ -161,13 +161,17 @@ pub fn pack(options: &PackOptions, progress: &dyn Progress) -> Result<PackReport
     progress.start("pack", plan.checkpoint_bytes());
     let mut source = SourceHash::default();
     reader.run(|ready| {
-        append(&plan, &mut writers, &mut source, &ready)?;
+        append(&plan, &mut writers, &mut source, ready)?;
         progress.add(ready.bytes.len() as u64);
         Ok(())
     })?;
     progress.finish();
     let ranks: Result<Vec<RankFile>, _> = writers.into_iter().map(RankWriter::finish).collect();
-    draft.write_meta(&checkpoint.side_files(&SIDE_FILES)?)?;
+    let mut meta = checkpoint.side_files(&SIDE_FILES)?;
+    // The texts, not only their hashes: a program that refuses the artifact can then say why.
+    meta.push((contract::OP_CONTRACT_NAME.into(), contract::op_contract().into_bytes()));
+    meta.push((contract::WEIGHT_CONTRACT_NAME.into(), contract::weight_contract().into_bytes()));
+    draft.write_meta(&meta)?;
     let source_id = source.finish();
     let input = CommitInput {
         config_json,

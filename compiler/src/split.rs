@@ -201,8 +201,8 @@ impl Cut {
             Values::E8m0 => refuse(tile, first, "a UE8M0 scale", |code| code == 0xff),
             Values::Experts(count) => {
                 let mut out = Vec::with_capacity(tile.len() / 2);
-                for (i, bytes) in tile.chunks_exact(8).enumerate() {
-                    let id = i64::from_le_bytes(bytes.try_into().expect("8 bytes"));
+                for (i, bytes) in tile.as_chunks().0.iter().enumerate() {
+                    let id = i64::from_le_bytes(*bytes);
                     let known = u64::try_from(id).is_ok_and(|id| id < count);
                     let narrow = i32::try_from(id).ok().filter(|_| known).ok_or_else(|| BadValue {
                         element: first / 8 + i as u64,

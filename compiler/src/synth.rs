@@ -8,6 +8,7 @@ mod shard;
 mod values;
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
@@ -158,7 +159,9 @@ pub fn synth(options: &SynthOptions, progress: &dyn Progress) -> Result<SynthRep
 /// A full disk, said for the whole checkpoint.
 fn full(error: CompileError, out: &Path, needed: u64) -> CompileError {
     match error {
-        CompileError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+        CompileError::Io { source, .. }
+            if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) =>
+        {
             CompileError::NoSpace { path: out.to_path_buf(), needed }
         }
         other => other,

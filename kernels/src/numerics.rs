@@ -105,6 +105,11 @@ fn amax(x: &[f32]) -> f32 {
 
 /// Rounds `x` to E4M3 with one power-of-two scale per `group` values, in place. Lengths must be whole groups.
 pub fn fake_fp8(x: &mut [f32], group: usize) {
+    crate::simd::fake_fp8(x, group);
+}
+
+#[inline(always)]
+pub(crate) fn fake_fp8_body(x: &mut [f32], group: usize) {
     debug_assert!(x.len().is_multiple_of(group));
     for g in x.chunks_exact_mut(group) {
         let e = scale_exponent(amax(g), E4M3_MAX, FP8_AMAX_MIN);

@@ -12,12 +12,13 @@ use dsv4_model::tensors::{Block, LayerSpec};
 use dsv4_model::{Kind, ModelConfig, TensorId, Tp};
 
 use crate::collective::{Collective, CollectiveError};
-use crate::numerics::{Numerics, bf16_round, fake_fp4, fake_fp8, hadamard};
+use crate::numerics::{Numerics, fake_fp4, fake_fp8, hadamard};
 use crate::ops::dense_gemm::matmul;
 use crate::ops::hyper_connection::{self as hc, HcParams, RowMix};
 use crate::ops::rms_norm::{inverse_rms, rms_norm};
 use crate::ops::rope::{Rope, rotate, rotate_back};
 use crate::ops::{Mat, compressor, for_chunks, indexer, moe_gemm, router, sparse_attention};
+use crate::simd;
 use crate::state::{Compressed, LayerState, SequenceState};
 use crate::weights::Weights;
 
@@ -159,7 +160,7 @@ impl Reference {
 
     fn round_all(&self, x: &mut [f32]) {
         if self.published() {
-            x.iter_mut().for_each(|v| *v = bf16_round(*v));
+            simd::round_bf16(x);
         }
     }
 

@@ -52,8 +52,11 @@ fn fp8_activations_are_exact() {
         assert_exact("value", &x, &t[&format!("fp8.{group}.value")]);
         // The stored codes and scales stand for the same values.
         let (codes, scales) = (&t[&format!("fp8.{group}.codes")], &t[&format!("fp8.{group}.scale")]);
-        let decoded: Vec<f32> =
-            codes.iter().enumerate().map(|(i, c)| e4m3_value(*c as u8) * ue8m0_value(scales[i / group] as u8)).collect();
+        let decoded: Vec<f32> = codes
+            .iter()
+            .enumerate()
+            .map(|(i, c)| e4m3_value(*c as u8) * ue8m0_value(scales[i / group] as u8))
+            .collect();
         assert_exact("codes", &decoded, &x);
     }
 }
@@ -111,8 +114,7 @@ fn hyper_connection_weights() {
         let t = tiny.tensor(name).unwrap();
         t.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
     };
-    let (w, base, scale) =
-        (read("layers.0.hc_attn_fn"), read("layers.0.hc_attn_base"), read("layers.0.hc_attn_scale"));
+    let (w, base, scale) = (read("layers.0.hc_attn_fn"), read("layers.0.hc_attn_base"), read("layers.0.hc_attn_scale"));
     let params = HcParams { streams: 4, sinkhorn_iters: 20, hc_eps: 1e-6, rms_eps: 1e-6 };
     let close = |found: &[f32], expected: &[f32]| {
         found.iter().zip(expected).for_each(|(f, e)| assert!((f - e).abs() < 2e-6, "{f} instead of {e}"));

@@ -15,10 +15,6 @@ use dsv4_model::{ModelConfig, Tp};
 
 use crate::error::RunError;
 
-/// Members of `meta` that hold the contract texts.
-const WEIGHT_CONTRACT: &str = "weight_contract.txt";
-const OP_CONTRACT: &str = "op_contract.txt";
-
 /// An artifact that this program can run.
 pub struct Opened {
     /// The files.
@@ -35,7 +31,7 @@ pub fn open(path: &Path) -> Result<Opened, RunError> {
     let manifest = artifact.manifest();
     let ours = [contract::weight_contract(), contract::op_contract()];
     let stored = [manifest.weight_contract, manifest.op_contract];
-    let names = [("weight", WEIGHT_CONTRACT), ("op", OP_CONTRACT)];
+    let names = [("weight", contract::WEIGHT_CONTRACT_NAME), ("op", contract::OP_CONTRACT_NAME)];
     for ((text, digest), (name, member)) in ours.iter().zip(stored).zip(names) {
         if contract::hash(text) != digest.0 {
             let theirs = artifact.meta(member)?.unwrap_or_default();

@@ -107,7 +107,7 @@ mod tests {
         let logits = [0.0f32, 3.0, 2.9, -5.0];
         let narrow = Sampling { temperature: 1.0, top_p: 0.6, seed: 3 };
         let seen: std::collections::HashSet<u32> = (0..500).map(|p| narrow.choose(&logits, p)).collect();
-        assert_eq!(seen, [1, 2].into());
+        assert_eq!(seen, std::collections::HashSet::from([1, 2]));
         let cold = Sampling { temperature: 0.01, top_p: 1.0, seed: 3 };
         assert!((0..100).all(|p| cold.choose(&logits, p) == 1));
         assert_eq!(Sampling::GREEDY.choose(&[2.0, 5.0, 5.0], 0), 1);

@@ -9,6 +9,11 @@ use crate::layout::{FP4_GROUP, PART_ALIGN, TILE};
 use crate::ops::{Op, Site, weights};
 use crate::tensors::{Block, LayerSpec, describe};
 
+/// Name under which an artifact keeps the text of its weight contract.
+pub const WEIGHT_CONTRACT_NAME: &str = "weight_contract.txt";
+/// Name under which an artifact keeps the text of its op contract.
+pub const OP_CONTRACT_NAME: &str = "op_contract.txt";
+
 /// Text of the weight contract.
 pub fn weight_contract() -> String {
     format!(

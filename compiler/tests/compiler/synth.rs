@@ -43,9 +43,9 @@ fn they_pack() {
     for shards in [1, 3] {
         let dir = temp.path().join(format!("nano{shards}"));
         synth(&SynthOptions { shards: Some(shards), ..options(dir.clone()) }, &NoProgress).unwrap();
-        let out = Some(temp.path().join(format!("nano{shards}.dsv4")));
-        let report = pack(&PackOptions { out: out.clone(), ..PackOptions::new(dir, 2) }, &NoProgress).unwrap();
-        Artifact::open(&out.unwrap()).unwrap().verify(&NoProgress).unwrap();
+        let out = temp.path().join(format!("nano{shards}.dsv4"));
+        let report = pack(&PackOptions { out: Some(out.clone()), ..PackOptions::new(dir, 2) }, &NoProgress).unwrap();
+        Artifact::open(&out).unwrap().verify(&NoProgress).unwrap();
         ids.push(report.artifact_id);
     }
     assert_eq!(ids[0], ids[1]);

@@ -6,6 +6,8 @@ use crate::weights::Matrix;
 
 /// Outputs a task computes.
 const OUTPUTS_PER_TASK: usize = 32;
+/// Weight rows that are widened together.
+const OUTPUTS_AT_ONCE: usize = 4;
 
 /// `x [rows, cols]` times `w [outputs, cols]` transposed: `[rows, outputs]`, float32, unrounded.
 ///
@@ -20,14 +22,18 @@ pub fn matmul(x: &Mat, w: Matrix<'_>) -> Mat {
     // Outputs first, so that tasks write apart from one another.
     let mut by_output = vec![0f32; x.rows * w.rows];
     for_chunks(&mut by_output, OUTPUTS_PER_TASK * x.rows, work, |task, chunk| {
-        let mut widened = vec![0f32; w.cols];
-        for (i, out) in chunk.chunks_exact_mut(x.rows).enumerate() {
-            let index = task * OUTPUTS_PER_TASK + i;
-            if let Some(row) = w.f32_row(index) {
-                dot_rows(x, row, out);
-            } else {
-                w.widen_row(index, &mut widened);
-                dot_rows(x, &widened, out);
+        let mut widened = vec![0f32; OUTPUTS_AT_ONCE * w.cols];
+        for (i, out) in chunk.chunks_mut(OUTPUTS_AT_ONCE * x.rows).enumerate() {
+            let first = task * OUTPUTS_PER_TASK + i * OUTPUTS_AT_ONCE;
+            let count = out.len() / x.rows;
+            for (j, row) in widened.chunks_exact_mut(w.cols).take(count).enumerate() {
+                w.widen_row(first + j, row);
+            }
+            let rows: Vec<&[f32]> = widened.chunks_exact(w.cols).take(count).collect();
+            match (x.rows, rows.as_slice().try_into()) {
+                // A dot product is the same from either side.
+                (1, Ok(rows)) => out.copy_from_slice(&simd::dot4(rows, &x.data)),
+                _ => rows.iter().zip(out.chunks_exact_mut(x.rows)).for_each(|(row, out)| dot_rows(x, row, out)),
             }
         }
     });

@@ -50,7 +50,7 @@ impl Mat {
 }
 
 /// Multiply-adds below which a parallel loop costs more than it saves.
-pub const PARALLEL_WORK_MIN: usize = 1 << 16;
+pub const PARALLEL_WORK_MIN: usize = 1 << 20;
 
 /// Runs `f(index, chunk)` over equal chunks of `out`, in parallel where `work` is worth it.
 pub fn for_chunks(out: &mut [f32], chunk: usize, work: usize, f: impl Fn(usize, &mut [f32]) + Sync) {

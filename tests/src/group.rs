@@ -1,0 +1,130 @@
+//! All ranks of an artifact in this process: rank 0 here, the others as threads, over loopback.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::thread::JoinHandle;
+
+use dsv4_kernels::collective::Alone;
+use dsv4_kernels::numerics::Numerics;
+use dsv4_kernels::ops::Mat;
+use dsv4_kernels::reference::Reference;
+use dsv4_model::ops::{Segment, Step};
+use dsv4_run::generate::prefill;
+use dsv4_run::load::{RankOptions, open};
+use dsv4_run::ranks::{self, Control, Deadlines, Mesh, Token};
+use dsv4_run::step::{Command, Engine, Rank};
+
+use crate::artifacts::Unwatched;
+
+/// Addresses for a group that no other process or group of this machine uses: a loopback address
+/// made from this process's id and a count. No port is probed and lost to somebody else.
+pub fn addresses(ranks: u32) -> Vec<String> {
+    static GROUPS: AtomicU16 = AtomicU16::new(0);
+    let group = GROUPS.fetch_add(1, Ordering::Relaxed);
+    let process = std::process::id();
+    let host = format!("127.{}.{}.{}", 1 + (process >> 8) % 250, process % 256, 1 + group % 250);
+    (0..ranks).map(|rank| format!("{host}:{}", 20_000 + group / 250 * 8 + rank as u16)).collect()
+}
+
+/// A group of ranks, ready.
+pub struct Group {
+    /// All of them, seen from rank 0.
+    pub engine: Engine,
+    workers: Vec<JoinHandle<()>>,
+}
+
+impl Group {
+    /// Loads every rank of `artifact`; a step may have `rows_max` rows.
+    pub fn start(artifact: &Path, numerics: Numerics, rows_max: usize) -> Group {
+        let opened = open(artifact).unwrap_or_else(|e| panic!("{e}"));
+        let tp = opened.artifact.manifest().tp;
+        let options = RankOptions { numerics, slots: 1, rows_max, threads: 2 };
+        if tp == 1 {
+            let arena = opened.load(0, 2, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
+            let backend = opened.backend(arena, Box::new(Alone), options).unwrap_or_else(|e| panic!("{e}"));
+            return Group { engine: Engine::new(Rank::new(backend), None), workers: Vec::new() };
+        }
+        let peers = addresses(tp);
+        let (rank_0, workers) = (peers.clone(), 1..tp);
+        let workers = workers.map(|rank| {
+            let (artifact, peers) = (artifact.to_owned(), peers.clone());
+            std::thread::spawn(move || match join(&artifact, rank, &peers, options) {
+                (rank, Control::Worker(receiver)) => rank.work(receiver).unwrap_or_else(|e| panic!("{e}")),
+                (_, control) => panic!("rank {rank} got {control:?}"),
+            })
+        });
+        let workers = workers.collect();
+        match join(artifact, 0, &rank_0, options) {
+            (rank, Control::Leader(sender)) => Group { engine: Engine::new(rank, Some(sender)), workers },
+            (_, control) => panic!("rank 0 got {control:?}"),
+        }
+    }
+
+    /// Rank 0's backend.
+    pub fn reference(&mut self) -> &mut Reference {
+        self.engine.rank_mut().backend_mut()
+    }
+
+    /// Logits of every row of `tokens` in steps of `chunk` rows; with `mtp` also the draft block's.
+    pub fn logits(&mut self, tokens: &[u32], chunk: usize, mtp: bool) -> (Mat, Mat) {
+        let (mut trunk, mut draft) = (Mat::default(), Mat::default());
+        let append = |out: &mut Mat, first: usize, part: Mat| {
+            assert_eq!(out.rows, first, "rows in order");
+            (out.rows, out.cols) = (out.rows + part.rows, part.cols);
+            out.data.extend(part.data);
+        };
+        prefill(
+            &mut self.engine,
+            tokens,
+            chunk,
+            true,
+            mtp,
+            &mut |first, part| append(&mut trunk, first, part),
+            &mut |first, part| append(&mut draft, first, part),
+        )
+        .unwrap_or_else(|e| panic!("{e}"));
+        self.run(Command::Close(0));
+        (trunk, draft)
+    }
+
+    /// The trunk's logits of every row, in steps of the given sizes.
+    pub fn logits_in_parts(&mut self, tokens: &[u32], parts: &[usize]) -> Mat {
+        assert_eq!(parts.iter().sum::<usize>(), tokens.len(), "parts of the whole");
+        let mut out = Mat::default();
+        self.run(Command::Open(0));
+        for &rows in parts {
+            let start = out.rows;
+            let part = self.run(Command::Trunk(Step {
+                tokens: tokens[start..start + rows].to_vec(),
+                segments: vec![Segment { slot: 0, start: start as u32, rows: rows as u32 }],
+                logits: (0..rows as u32).collect(),
+                source: vec![],
+            }));
+            (out.rows, out.cols) = (start + rows, part.cols);
+            out.data.extend(part.data);
+        }
+        self.run(Command::Close(0));
+        out
+    }
+
+    fn run(&mut self, command: Command) -> Mat {
+        self.engine.run(command).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// Ends all ranks; a rank that failed fails the test.
+    pub fn finish(self) {
+        self.engine.close().unwrap_or_else(|e| panic!("{e}"));
+        for worker in self.workers {
+            assert!(worker.join().is_ok(), "a rank failed");
+        }
+    }
+}
+
+fn join(artifact: &Path, rank: u32, peers: &[String], options: RankOptions) -> (Rank, Control) {
+    let opened = open(artifact).unwrap_or_else(|e| panic!("{e}"));
+    let connected = ranks::connect(rank, peers, Token::new([7; 32]), Vec::new(), Deadlines::default());
+    let Mesh { collective, control } = connected.unwrap_or_else(|e| panic!("{e}"));
+    let arena = opened.load(rank, 1, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
+    let backend = opened.backend(arena, Box::new(collective), options).unwrap_or_else(|e| panic!("{e}"));
+    (Rank::new(backend), control)
+}
