@@ -7,7 +7,7 @@
 use std::sync::Mutex;
 
 use dsv4_model::layout::TILE;
-use dsv4_model::ops::{Backend, Done, Site, Step};
+use dsv4_model::ops::{Backend, Done, Projected, Site, Step};
 use dsv4_model::tensors::{Block, LayerSpec};
 use dsv4_model::{Kind, ModelConfig, TensorId, Tp};
 
@@ -31,6 +31,16 @@ pub enum ReferenceError {
     /// An exchange between ranks failed.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
+    /// A step that this rank cannot run.
+    #[error(
+        "step of rank 0: expected {expected}, found {found}\n  help: all ranks must run the same version of dsv4-run"
+    )]
+    Step {
+        /// What a step must be.
+        expected: String,
+        /// What this one is.
+        found: String,
+    },
 }
 
 /// Intermediate results by name, for comparison with goldens: called with (name, columns, values).
@@ -107,31 +117,58 @@ impl Reference {
         self.tap = tap;
     }
 
-    /// Starts an empty sequence in `slot`.
-    pub fn open(&mut self, slot: u32) {
+    /// Starts an empty sequence in `slot`. Errors: no such slot.
+    pub fn open(&mut self, slot: u32) -> Result<(), ReferenceError> {
+        self.check_slot(slot)?;
         let new = |l: &LayerSpec| LayerState::new(&self.config, l, self.rows_max);
         let layers = dsv4_model::tensors::layers(&self.config).iter().map(new).collect();
         let draft = dsv4_model::tensors::draft_stages(&self.config).iter().map(new).collect();
         self.slots[slot as usize] = Some(SequenceState { layers, draft });
+        Ok(())
     }
 
-    /// Forgets the sequence in `slot`.
-    pub fn close(&mut self, slot: u32) {
+    /// Forgets the sequence in `slot`. Errors: no such slot.
+    pub fn close(&mut self, slot: u32) -> Result<(), ReferenceError> {
+        self.check_slot(slot)?;
         self.slots[slot as usize] = None;
+        Ok(())
     }
 
-    /// Sets the step that the next operations work on. Slots must be open and token ids in range.
-    pub fn begin(&mut self, step: Step) {
+    fn check_slot(&self, slot: u32) -> Result<(), ReferenceError> {
+        require((slot as usize) < self.slots.len(), || (format!("a slot below {}", self.slots.len()), slot.to_string()))
+    }
+
+    /// Sets the step that the next operations work on; `source` are the streams a draft step continues.
+    ///
+    /// Errors: slots that are not open, too many rows, rows, tokens or positions out of range.
+    pub fn begin(&mut self, step: Step, source: Option<&Streams>) -> Result<(), ReferenceError> {
+        let context = self.config.max_position_embeddings;
         let mut rows = Vec::with_capacity(step.tokens.len());
         for s in &step.segments {
-            assert!(s.rows as usize <= self.rows_max, "{} rows of one sequence, at most {}", s.rows, self.rows_max);
-            assert!(self.slots[s.slot as usize].is_some(), "slot {} is open", s.slot);
+            self.check_slot(s.slot)?;
+            require(self.slots[s.slot as usize].is_some(), || ("an open slot".into(), s.slot.to_string()))?;
+            let most = format!("at most {} rows of a sequence", self.rows_max);
+            require(s.rows as usize <= self.rows_max, || (most, s.rows.to_string()))?;
+            let end = u64::from(s.start) + u64::from(s.rows);
+            require(end <= context, || (format!("positions below {context}"), end.to_string()))?;
             rows.extend((s.start..s.start + s.rows).map(|p| (s.slot as usize, p as usize)));
         }
-        assert_eq!(rows.len(), step.tokens.len(), "rows of the segments");
-        assert!(step.tokens.iter().all(|t| u64::from(*t) < self.config.vocab_size), "token ids in range");
+        let (count, tokens) = (rows.len(), step.tokens.len());
+        require(count == tokens, || (format!("a token for each of {count} rows"), tokens.to_string()))?;
+        let below = |list: &[u32], limit: u64, what: &str| match list.iter().find(|v| u64::from(**v) >= limit) {
+            Some(found) => require(false, || (format!("{what} below {limit}"), found.to_string())),
+            None => Ok(()),
+        };
+        below(&step.tokens, self.config.vocab_size, "token ids")?;
+        below(&step.logits, count as u64, "wanted rows")?;
+        if let Some(source) = source {
+            let named = step.source.len();
+            require(count == named, || (format!("a source for each of {count} rows"), named.to_string()))?;
+            below(&step.source, source.0.rows as u64, "source rows")?;
+        }
         let turns = [0, 1].map(|i| rows.iter().map(|(_, p)| self.rope[i].at(*p as u32)).collect());
         self.current = Current { step, rows, turns };
+        Ok(())
     }
 
     /// The caches of the sequence in `slot`.
@@ -314,6 +351,14 @@ impl Reference {
     }
 }
 
+fn require(holds: bool, or: impl FnOnce() -> (String, String)) -> Result<(), ReferenceError> {
+    if holds {
+        return Ok(());
+    }
+    let (expected, found) = or();
+    Err(ReferenceError::Step { expected, found })
+}
+
 fn compressed_mut(state: &mut LayerState, indexer: bool) -> &mut Compressed {
     let cache = if indexer { &mut state.index } else { &mut state.compressed };
     cache.as_mut().expect("layers with a compressor have its cache")
@@ -437,7 +482,7 @@ impl Backend for Reference {
         Ok(())
     }
 
-    fn attn_inputs(&mut self, x: &Mat, layer: &LayerSpec) -> Result<(Mat, Option<Mat>), ReferenceError> {
+    fn attn_inputs(&mut self, x: &Mat, layer: &LayerSpec) -> Result<Projected<Mat>, ReferenceError> {
         let block = layer.block;
         let qr = self.norm(self.linear(x, block, Kind::WqA), block, Kind::QNorm);
         let mut kv = self.norm(self.linear(x, block, Kind::Wkv), block, Kind::KvNorm);
@@ -458,7 +503,7 @@ impl Backend for Reference {
             self.tap(block, "compressed_new", &new);
         }
         if layer.ratio != 4 {
-            return Ok((qr, None));
+            return Ok(Projected { main: qr, index: None });
         }
         let values = self.plain(x, block, Kind::IndexerWkv);
         let gates = self.plain(x, block, Kind::IndexerWgate);
@@ -467,10 +512,10 @@ impl Backend for Reference {
         let (heads, width) = (self.config.index_n_heads as f64, self.config.index_head_dim as f64);
         let scale = (1.0 / width.sqrt() / heads.sqrt()) as f32;
         let weights = self.round(self.plain(x, block, Kind::IndexerWeightsProj)).map(|v| v * scale);
-        Ok((qr, Some(self.round(weights))))
+        Ok(Projected { main: qr, index: Some(self.round(weights)) })
     }
 
-    fn attn_queries(&mut self, qr: &Mat, layer: &LayerSpec) -> Result<(Mat, Option<Mat>), ReferenceError> {
+    fn attn_queries(&mut self, qr: &Mat, layer: &LayerSpec) -> Result<Projected<Mat>, ReferenceError> {
         let block = layer.block;
         let dim = self.config.head_dim as usize;
         let mut q = self.linear(qr, block, Kind::WqB);
@@ -487,7 +532,7 @@ impl Backend for Reference {
         });
         self.tap(block, "q", &q);
         if layer.ratio != 4 {
-            return Ok((q, None));
+            return Ok(Projected { main: q, index: None });
         }
         let width = self.config.index_head_dim as usize;
         let mut qi = self.linear(qr, block, Kind::IndexerWqB);
@@ -500,7 +545,7 @@ impl Backend for Reference {
                 this.index_round(head);
             }
         });
-        Ok((q, Some(qi)))
+        Ok(Projected { main: q, index: Some(qi) })
     }
 
     fn index_select(

@@ -1,7 +1,7 @@
 //! One step on every rank: rank 0 sends a command, all ranks run the same forward pass.
 
 use dsv4_kernels::ops::Mat;
-use dsv4_kernels::reference::{Reference, Streams};
+use dsv4_kernels::reference::{Reference, ReferenceError, Streams};
 use dsv4_model::Model;
 use dsv4_model::ops::{Segment, Step};
 
@@ -65,9 +65,8 @@ impl Command {
             2 => Command::Close(r.u32("slot")?),
             3 => Command::Trunk(decode_step(&mut r)?),
             4 => Command::Draft(decode_step(&mut r)?, Source::Trunk),
-            // Any other kind is read as the last one and fails on its fields or runs like it: the hello
-            // has made sure that both ends are the same version.
-            _ => Command::Draft(decode_step(&mut r)?, Source::Draft),
+            5 => Command::Draft(decode_step(&mut r)?, Source::Draft),
+            found => return Err(WireError::Kind { field: "command", found }),
         };
         r.finish()?;
         Ok(command)
@@ -111,11 +110,11 @@ impl Rank {
     /// Runs one command; rank 0 gets the wanted logits `[wanted, V]`.
     fn run(&mut self, command: Command) -> Result<Mat, RunError> {
         match command {
-            Command::Open(slot) => self.backend.open(slot),
-            Command::Close(slot) => self.backend.close(slot),
+            Command::Open(slot) => self.backend.open(slot)?,
+            Command::Close(slot) => self.backend.close(slot)?,
             Command::Trunk(step) => {
                 let wanted = !step.logits.is_empty();
-                self.backend.begin(step);
+                self.backend.begin(step, None)?;
                 let streams = self.model.trunk(&mut self.backend)?;
                 let streams = self.trunk.insert(streams);
                 if wanted {
@@ -124,9 +123,12 @@ impl Rank {
             }
             Command::Draft(step, source) => {
                 let wanted = !step.logits.is_empty();
-                self.backend.begin(step);
                 let from = if source == Source::Trunk { &self.trunk } else { &self.draft };
-                let from = from.as_ref().expect("a draft step follows the step it continues");
+                let from = from.as_ref().ok_or_else(|| ReferenceError::Step {
+                    expected: "a draft step after the step it continues".into(),
+                    found: "none before it".into(),
+                })?;
+                self.backend.begin(step, Some(from))?;
                 let streams = self.model.mtp(&mut self.backend, from)?;
                 let streams = self.draft.insert(streams);
                 if wanted {
@@ -205,5 +207,6 @@ mod tests {
                 assert!(Command::decode(&bytes[..cut]).is_err());
             }
         }
+        assert!(Command::decode(&[9, 0, 0, 0, 0]).is_err());
     }
 }

@@ -81,13 +81,13 @@ pub fn layer<B: Backend>(
 }
 
 fn attention<B: Backend>(b: &mut B, l: &LayerSpec, x: &B::Act) -> Result<B::Act, B::Error> {
-    let (qr, head_weights) = b.attn_inputs(x, l)?;
-    let (q, qi) = b.attn_queries(&qr, l)?;
-    let selected = match (&qi, &head_weights) {
+    let inputs = b.attn_inputs(x, l)?;
+    let queries = b.attn_queries(&inputs.main, l)?;
+    let selected = match (&queries.index, &inputs.index) {
         (Some(qi), Some(weights)) => Some(b.index_select(qi, weights, l)?),
         _ => None,
     };
-    let o = b.attend(&q, selected.as_ref(), l)?;
+    let o = b.attend(&queries.main, selected.as_ref(), l)?;
     let y = b.attn_output(&o, l)?;
     b.all_reduce(y)
 }

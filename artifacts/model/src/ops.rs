@@ -55,6 +55,14 @@ pub struct Done<B: Backend + ?Sized> {
     pub mix: B::Mix,
 }
 
+/// A projection of the attention and, on CSA layers, its companion for the indexer.
+pub struct Projected<A> {
+    /// Of the attention itself.
+    pub main: A,
+    /// Of the indexer.
+    pub index: Option<A>,
+}
+
 /// Names of the operations, for traces and contracts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]
@@ -160,14 +168,10 @@ pub trait Backend {
     /// compressor rows (closing entries as windows fill) and, on CSA layers, the indexer's head weights.
     ///
     /// Writes the caches. Returns `qr [rows, Rq]` and the head weights `[rows, Hi]` (CSA only).
-    fn attn_inputs(&mut self, x: &Self::Act, layer: &LayerSpec) -> Result<(Self::Act, Option<Self::Act>), Self::Error>;
+    fn attn_inputs(&mut self, x: &Self::Act, layer: &LayerSpec) -> Result<Projected<Self::Act>, Self::Error>;
     /// Queries, normalised per head and rotated: `[rows, local H, d]`; on CSA layers also the indexer's
     /// `[rows, Hi, di]`.
-    fn attn_queries(
-        &mut self,
-        qr: &Self::Act,
-        layer: &LayerSpec,
-    ) -> Result<(Self::Act, Option<Self::Act>), Self::Error>;
+    fn attn_queries(&mut self, qr: &Self::Act, layer: &LayerSpec) -> Result<Projected<Self::Act>, Self::Error>;
     /// Scores the index entries and keeps the best `index_topk` visible ones per row.
     fn index_select(
         &mut self,

@@ -570,16 +570,7 @@ mod tests {
     }
 
     fn flash_0731() -> ModelConfig {
-        let mut config = flash();
-        config.draft = Draft::DSpark {
-            stages: 3,
-            block_size: 5,
-            noise_token_id: 128_799,
-            target_layer_ids: vec![40, 41, 42],
-            markov_rank: 256,
-        };
-        config.compress_ratios.extend([0, 0]);
-        config
+        ModelConfig::parse(include_str!("../../../tests/golden/flash_0731_config.json")).unwrap()
     }
 
     fn bytes(config: &ModelConfig, category: Category) -> u64 {

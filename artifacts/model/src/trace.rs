@@ -8,7 +8,7 @@ use std::convert::Infallible;
 
 use crate::config::{Draft, ModelConfig};
 use crate::forward::Model;
-use crate::ops::{Backend, Done, Op, Site, weights};
+use crate::ops::{Backend, Done, Op, Projected, Site, weights};
 use crate::tensors::{Block, LayerSpec, TensorId};
 
 /// One recorded operation.
@@ -88,13 +88,13 @@ impl Backend for Trace {
     fn hc_finish(&mut self, _h: &mut (), _done: Done<Self>) -> Result<(), Infallible> {
         self.global(Op::HcFinish, Block::Global)
     }
-    fn attn_inputs(&mut self, _x: &(), l: &LayerSpec) -> Result<((), Option<()>), Infallible> {
+    fn attn_inputs(&mut self, _x: &(), l: &LayerSpec) -> Result<Projected<()>, Infallible> {
         self.call(Op::AttnInputs, l)?;
-        Ok(((), (l.ratio == 4).then_some(())))
+        Ok(Projected { main: (), index: (l.ratio == 4).then_some(()) })
     }
-    fn attn_queries(&mut self, _qr: &(), l: &LayerSpec) -> Result<((), Option<()>), Infallible> {
+    fn attn_queries(&mut self, _qr: &(), l: &LayerSpec) -> Result<Projected<()>, Infallible> {
         self.call(Op::AttnQueries, l)?;
-        Ok(((), (l.ratio == 4).then_some(())))
+        Ok(Projected { main: (), index: (l.ratio == 4).then_some(()) })
     }
     fn index_select(&mut self, _qi: &(), _weights: &(), l: &LayerSpec) -> Result<(), Infallible> {
         self.call(Op::IndexSelect, l)

@@ -18,6 +18,9 @@ pub enum WireError {
         "message field {field} at byte {offset}: found {count} elements, expected at most {limit}\n  help: run the same build of dsv4-run on every rank"
     )]
     Long { field: &'static str, offset: usize, count: u32, limit: u32 },
+    /// A field names something that this version does not have.
+    #[error("message field {field}: found unknown kind {found}\n  help: run the same build of dsv4-run on every rank")]
+    Kind { field: &'static str, found: u8 },
     /// A text is not UTF-8.
     #[error(
         "message field {field} at byte {offset}: found bytes that are not UTF-8, expected text\n  help: run the same build of dsv4-run on every rank"
