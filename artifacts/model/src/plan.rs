@@ -10,7 +10,7 @@ use std::collections::HashSet;
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::partition::Tp;
-use crate::tensors::{Block, TensorId, TensorRow, table};
+use crate::tensors::{Block, Kind, TensorId, TensorRow, table};
 use crate::trace::Trace;
 
 /// A section is closed at the first block boundary past this size, in bytes.
@@ -41,44 +41,37 @@ pub fn file_order(config: &ModelConfig) -> Vec<TensorRow> {
 /// Errors: a tensor that cannot be cut for `tp`.
 pub fn sections(config: &ModelConfig, tp: Tp) -> Result<Vec<Section>, ModelError> {
     let mut out: Vec<Section> = Vec::new();
-    let mut blocks: Vec<Block> = Vec::new();
-    let mut rows: Vec<TensorRow> = Vec::new();
+    let mut open: Vec<TensorRow> = Vec::new();
     let mut bytes = 0;
-    let is_draft = |b: Block| matches!(b, Block::Draft(_));
+    let is_draft = |row: &TensorRow| matches!(row.id.block, Block::Draft(_));
     for row in file_order(config) {
-        let block = row.id.block;
-        if let Some(last) = blocks.last()
-            && *last != block
-        {
-            if bytes >= SECTION_BYTES_MIN || is_draft(*last) != is_draft(block) {
-                out.push(Section { name: name(&blocks), rows: std::mem::take(&mut rows) });
-                blocks.clear();
-                bytes = 0;
-            }
-            blocks.push(block);
-        } else if blocks.is_empty() {
-            blocks.push(block);
+        let boundary = open.last().is_some_and(|last| last.id.block != row.id.block);
+        let full = bytes >= SECTION_BYTES_MIN || open.last().is_some_and(|last| is_draft(last) != is_draft(&row));
+        if boundary && full {
+            out.push(section(std::mem::take(&mut open)));
+            bytes = 0;
         }
         bytes += row.artifact_bytes(tp)?;
-        rows.push(row);
+        open.push(row);
     }
-    out.push(Section { name: name(&blocks), rows });
-    // The embedding and the head are both global: a number tells apart equal names.
-    for i in 1..out.len() {
-        let earlier = out[..i].iter().filter(|s| s.name == out[i].name).count();
-        if earlier > 0 {
-            out[i].name = format!("{}.{}", out[i].name, earlier + 1);
-        }
-    }
+    out.push(section(open));
     Ok(out)
 }
 
-fn name(blocks: &[Block]) -> String {
-    match blocks {
-        [one] => one.to_string(),
-        [first, .., last] => format!("{first}..{last}"),
-        [] => String::new(),
-    }
+/// A section named after its first and last block. The global block comes apart: into the embedding, which
+/// is read first, and the head.
+fn section(rows: Vec<TensorRow>) -> Section {
+    let label = |row: &TensorRow| match row.id {
+        TensorId { block: Block::Global, kind: Kind::Embed } => "embed".to_owned(),
+        TensorId { block: Block::Global, .. } => "head".to_owned(),
+        TensorId { block, .. } => block.to_string(),
+    };
+    let (first, last) = (rows.first().map(label), rows.last().map(label));
+    let name = match (first, last) {
+        (Some(first), Some(last)) if first != last => format!("{first}..{last}"),
+        (first, _) => first.unwrap_or_default(),
+    };
+    Section { name, rows }
 }
 
 #[cfg(test)]
@@ -108,6 +101,6 @@ mod tests {
     fn nano_is_a_trunk_and_a_draft() {
         let config = ModelConfig::parse(include_str!("../../../tests/nano/config.json")).unwrap();
         let names: Vec<String> = sections(&config, Tp::ONE).unwrap().into_iter().map(|s| s.name).collect();
-        assert_eq!(names, ["global..global", "mtp.0"]);
+        assert_eq!(names, ["embed..head", "mtp.0"]);
     }
 }
