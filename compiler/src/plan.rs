@@ -1,8 +1,8 @@
 //! What a pack will write, computed from config.json alone: no weight byte is read.
 
 use dsv4_format::{RankLayout, SectionPlan, TensorPlan};
+use dsv4_model::inventory::{InventoryLine, inventory};
 use dsv4_model::plan::{Section, sections};
-use dsv4_model::tensors::{InventoryLine, inventory};
 use dsv4_model::{TensorRow, Tp};
 use serde_json::{Value, json};
 

@@ -9,6 +9,7 @@ pub mod config;
 pub mod contract;
 pub mod error;
 pub mod forward;
+pub mod inventory;
 pub mod layout;
 pub mod ops;
 pub mod partition;
