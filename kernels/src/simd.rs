@@ -18,6 +18,10 @@ const FP8_TILE: usize = 128;
 /// Columns under one FP4 scale.
 const FP4_GROUP: usize = 32;
 
+/// Largest scale byte that leaves room for the factor of [`x86::dots_fp8`]: 2^119.
+#[cfg(target_arch = "x86_64")]
+const FP8_SCALE_MODERATE: u8 = 246;
+
 /// Both values of a byte of E2M1 codes: low nibble first.
 static FP4_PAIRS: [[f32; 2]; 256] = {
     let mut table = [[0.0; 2]; 256];
@@ -76,17 +80,15 @@ macro_rules! versions {
     };
 }
 
-/// Dot products of `R` vectors with `w`, in plain Rust: the definition of the order.
-fn dots_plain<const R: usize>(x: [&[f32]; R], w: &[f32]) -> [f32; R] {
-    x.map(|x| {
-        let mut sums = [0f32; LANES];
-        for (x, w) in x.as_chunks::<LANES>().0.iter().zip(w.as_chunks::<LANES>().0) {
-            for i in 0..LANES {
-                sums[i] = x[i].mul_add(w[i], sums[i]);
-            }
+/// A dot product in plain Rust: the definition of the order.
+fn dot_plain(x: &[f32], w: &[f32]) -> f32 {
+    let mut sums = [0f32; LANES];
+    for (x, w) in x.as_chunks::<LANES>().0.iter().zip(w.as_chunks::<LANES>().0) {
+        for i in 0..LANES {
+            sums[i] = x[i].mul_add(w[i], sums[i]);
         }
-        fold(&mut sums)
-    })
+    }
+    fold(&mut sums)
 }
 
 /// Kept out of line: inlined, its pairs make the compiler split the sums into two-element vectors.
@@ -103,98 +105,7 @@ fn fold(sums: &mut [f32; LANES]) -> f32 {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
-    //! The same order in vector instructions, which compilers do not find by themselves.
-
-    use std::arch::x86_64::*;
-
-    use super::LANES;
-    use crate::numerics::{e2m1_value, ue8m0_value};
-
-    #[target_feature(enable = "avx2,fma")]
-    fn fold256(v: __m256) -> f32 {
-        let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-        let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
-        _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
-    }
-
-    /// Lengths are checked by the caller: all equal, a multiple of [`LANES`].
-    #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
-    pub fn dots512<const R: usize>(x: [&[f32]; R], w: &[f32]) -> [f32; R] {
-        let mut sums = [[_mm512_setzero_ps(); 2]; R];
-        for k in (0..w.len()).step_by(LANES) {
-            // SAFETY: `k + 32` is at most the length of `w` and of every `x`, which are equal.
-            let load = |v: &[f32], i: usize| unsafe { _mm512_loadu_ps(v.as_ptr().add(k + i)) };
-            let (low, high) = (load(w, 0), load(w, 16));
-            for r in 0..R {
-                sums[r][0] = _mm512_fmadd_ps(load(x[r], 0), low, sums[r][0]);
-                sums[r][1] = _mm512_fmadd_ps(load(x[r], 16), high, sums[r][1]);
-            }
-        }
-        sums.map(|[low, high]| {
-            let v = _mm512_add_ps(low, high);
-            fold256(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)))
-        })
-    }
-
-    /// E4M3 codes times a scale. An E4M3 code is a half-precision number with 8 subtracted from its
-    /// exponent, subnormals included. Lengths are equal and a multiple of 8.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub fn widen_e4m3(codes: &[u8], scale: f32, out: &mut [f32]) {
-        let (rebias, scale) = (_mm256_set1_ps(256.0), _mm256_set1_ps(scale));
-        let mask = _mm_set1_epi16(0xbf80_u16 as i16);
-        for k in (0..codes.len()).step_by(8) {
-            // SAFETY: 8 bytes and 8 floats from `k` on are inside the slices.
-            let bytes = unsafe { _mm_loadl_epi64(codes.as_ptr().add(k).cast()) };
-            // Sign extension leaves the sign in bits 14 and 15 of the shifted code; bit 14 is the exponent's.
-            let halves = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7), mask);
-            let values = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtph_ps(halves), rebias), scale);
-            // SAFETY: as above.
-            unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(k), values) };
-        }
-    }
-
-    /// E2M1 pairs times their scales. Lengths: 16 codes and one scale per 32 values.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
-    pub fn widen_e2m1(codes: &[u8], scales: &[u8], out: &mut [f32]) {
-        let table: [f32; 16] = std::array::from_fn(|code| e2m1_value(code as u8));
-        // SAFETY: the table has 16 values.
-        let table = unsafe { _mm512_loadu_ps(table.as_ptr()) };
-        let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        let second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        for (g, scale) in scales.iter().enumerate() {
-            let scale = _mm512_set1_ps(ue8m0_value(*scale));
-            // SAFETY: group `g` has 16 bytes of codes and 32 values, both inside the slices.
-            let bytes = unsafe { _mm_loadu_si128(codes.as_ptr().add(16 * g).cast()) };
-            let codes = _mm512_cvtepu8_epi32(bytes);
-            // The permutation reads the low four bits of an index only.
-            let even = _mm512_mul_ps(_mm512_permutexvar_ps(codes, table), scale);
-            let odd = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table), scale);
-            // SAFETY: as above.
-            unsafe {
-                _mm512_storeu_ps(out.as_mut_ptr().add(32 * g), _mm512_permutex2var_ps(even, first, odd));
-                _mm512_storeu_ps(out.as_mut_ptr().add(32 * g + 16), _mm512_permutex2var_ps(even, second, odd));
-            }
-        }
-    }
-
-    /// As [`dots512`].
-    #[target_feature(enable = "avx2,fma")]
-    pub fn dots256<const R: usize>(x: [&[f32]; R], w: &[f32]) -> [f32; R] {
-        x.map(|x| {
-            let mut sums = [_mm256_setzero_ps(); 4];
-            for k in (0..w.len()).step_by(LANES) {
-                // SAFETY: `k + 32` is at most the length of `w` and of `x`, which are equal.
-                let load = |v: &[f32], i: usize| unsafe { _mm256_loadu_ps(v.as_ptr().add(k + 8 * i)) };
-                for i in 0..4 {
-                    sums[i] = _mm256_fmadd_ps(load(x, i), load(w, i), sums[i]);
-                }
-            }
-            let [a, b, c, d] = sums;
-            fold256(_mm256_add_ps(_mm256_add_ps(a, c), _mm256_add_ps(b, d)))
-        })
-    }
-}
+mod x86;
 
 /// Widens a row of E4M3 codes with one scale per 128 columns: whole tiles, but for the last.
 pub fn widen_fp8(codes: &[u8], scales: &[u8], out: &mut [f32]) {
@@ -244,33 +155,97 @@ fn fp4_plain(codes: &[u8], scales: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Dot products of `R` vectors with `w`; all lengths are equal, a multiple of [`LANES`].
+/// Products of every `w` with every `x`; all lengths are equal, a multiple of [`LANES`].
 ///
-/// Each equals the product of its vector alone bit for bit.
+/// Each equals the product of its two vectors alone bit for bit.
 #[inline]
-fn dots<const R: usize>(x: [&[f32]; R], w: &[f32]) -> [f32; R] {
-    let n = w.len();
-    assert!(n.is_multiple_of(LANES) && x.iter().all(|x| x.len() == n), "lengths of a dot product");
+pub fn tile<const W: usize, const X: usize>(w: [&[f32]; W], x: [&[f32]; X]) -> [[f32; X]; W] {
+    let n = w[0].len();
+    let equal = w.iter().chain(&x).all(|v| v.len() == n);
+    assert!(equal && n.is_multiple_of(LANES), "lengths of a dot product");
     #[cfg(target_arch = "x86_64")]
     {
         // SAFETY: the features were detected, the lengths checked.
         match level() {
-            Level::Avx512 => return unsafe { x86::dots512(x, w) },
-            Level::Avx2 => return unsafe { x86::dots256(x, w) },
+            Level::Avx512 => return unsafe { x86::tile512(w, x) },
+            Level::Avx2 => return unsafe { x86::tile256(w, x) },
             Level::Plain => {}
         }
     }
-    dots_plain(x, w)
+    w.map(|w| x.map(|x| dot_plain(x, w)))
 }
 
 /// Dot product of two vectors of equal length, a multiple of [`LANES`].
 pub fn dot(x: &[f32], w: &[f32]) -> f32 {
-    dots([x], w)[0]
+    tile([w], [x])[0][0]
 }
 
-/// Four dot products with one vector.
-pub fn dot4(x: [&[f32]; 4], w: &[f32]) -> [f32; 4] {
-    dots(x, w)
+/// A row of a stored matrix.
+#[derive(Clone, Copy, Debug)]
+pub enum Row<'a> {
+    /// Float32, in place.
+    F32(&'a [f32]),
+    /// Little-endian bfloat16.
+    Bf16(&'a [u8]),
+    /// E4M3 codes, one scale per 128 columns.
+    Fp8(&'a [u8], &'a [u8]),
+    /// E2M1 pairs, one scale per 32 columns.
+    Fp4(&'a [u8], &'a [u8]),
+}
+
+impl Row<'_> {
+    /// Widens the row.
+    pub fn widen(&self, out: &mut [f32]) {
+        match self {
+            Row::F32(values) => out.copy_from_slice(values),
+            Row::Bf16(bytes) => widen_bf16(bytes, out),
+            Row::Fp8(codes, scales) => widen_fp8(codes, scales, out),
+            Row::Fp4(codes, scales) => widen_fp4(codes, scales, out),
+        }
+    }
+}
+
+/// Products of `x` with rows of one matrix, without widening them in memory where the machine can; `None`
+/// where it cannot. Each equals [`dot`] of the widened row bit for bit.
+pub fn stored_dots<const R: usize>(rows: [Row<'_>; R], x: &[f32]) -> Option<[f32; R]> {
+    #[cfg(target_arch = "x86_64")]
+    if level() == Level::Avx512 {
+        assert!(x.len().is_multiple_of(LANES), "length of a dot product");
+        let n = x.len();
+        // SAFETY: the features were detected; every length is checked before the call.
+        return match rows[0] {
+            Row::F32(_) => {
+                let rows = rows.map(|r| if let Row::F32(values) = r { values } else { &[] });
+                Some(tile(rows, [x]).map(|[sum]| sum))
+            }
+            Row::Bf16(_) => {
+                let rows = rows.map(|r| if let Row::Bf16(bytes) = r { bytes } else { &[] });
+                assert!(rows.iter().all(|r| r.len() == 2 * n), "lengths of a BF16 row");
+                Some(unsafe { x86::dots_bf16(rows, x) })
+            }
+            Row::Fp8(..) => {
+                let rows =
+                    rows.map(|r| if let Row::Fp8(codes, scales) = r { (codes, scales) } else { (&[][..], &[][..]) });
+                assert!(
+                    rows.iter().all(|(c, s)| c.len() == n && s.len() == n.div_ceil(FP8_TILE)),
+                    "lengths of an FP8 row"
+                );
+                let moderate = rows.iter().all(|(_, scales)| scales.iter().all(|s| *s <= FP8_SCALE_MODERATE));
+                moderate.then(|| unsafe { x86::dots_fp8(rows, x) })
+            }
+            Row::Fp4(..) => {
+                let rows =
+                    rows.map(|r| if let Row::Fp4(codes, scales) = r { (codes, scales) } else { (&[][..], &[][..]) });
+                assert!(
+                    rows.iter().all(|(c, s)| 2 * c.len() == n && FP4_GROUP * s.len() == n),
+                    "lengths of an FP4 row"
+                );
+                Some(unsafe { x86::dots_fp4(rows, x) })
+            }
+        };
+    }
+    let _ = (rows, x);
+    None
 }
 
 #[inline(always)]
@@ -326,19 +301,55 @@ mod tests {
     #[test]
     fn all_versions_give_the_same_bits() {
         for n in [32, 128, 1024, 4096] {
-            let (x, w) = (noise(4 * n, 1), noise(n, 2));
-            let rows: Vec<&[f32]> = x.chunks_exact(n).collect();
-            let four = dot4([rows[0], rows[1], rows[2], rows[3]], &w);
-            for (row, sum) in rows.iter().zip(four) {
-                assert_eq!(sum.to_bits(), dot(row, &w).to_bits());
-                assert_eq!(sum.to_bits(), dots_plain([row], &w)[0].to_bits());
-                #[cfg(target_arch = "x86_64")]
-                if level() != Level::Plain {
-                    // SAFETY: the features were detected; lengths are multiples of the lanes.
-                    assert_eq!(sum.to_bits(), unsafe { x86::dots256([row], &w)[0] }.to_bits());
+            let (x, w) = (noise(3 * n, 1), noise(4 * n, 2));
+            let x: Vec<&[f32]> = x.chunks_exact(n).collect();
+            let w: Vec<&[f32]> = w.chunks_exact(n).collect();
+            let tile = tile([w[0], w[1], w[2], w[3]], [x[0], x[1], x[2]]);
+            for (w, sums) in w.iter().zip(tile) {
+                for (x, sum) in x.iter().zip(sums) {
+                    assert_eq!(sum.to_bits(), dot(x, w).to_bits());
+                    assert_eq!(sum.to_bits(), dot(w, x).to_bits());
+                    assert_eq!(sum.to_bits(), dot_plain(x, w).to_bits());
+                    #[cfg(target_arch = "x86_64")]
+                    if level() != Level::Plain {
+                        // SAFETY: the features were detected; lengths are equal multiples of the lanes.
+                        assert_eq!(sum.to_bits(), unsafe { x86::tile256([w], [x])[0][0] }.to_bits());
+                    }
+                    let exact: f64 = x.iter().zip(*w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                    assert!((f64::from(sum) - exact).abs() < 1e-4);
                 }
-                let exact: f64 = row.iter().zip(&w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                assert!((f64::from(sum) - exact).abs() < 1e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn stored_rows_give_the_bits_of_widened_ones() {
+        let n = 416;
+        let x = noise(n, 3);
+        let bytes = |seed: u32, count: usize| -> Vec<u8> {
+            noise(count, seed)
+                .iter()
+                .map(|v| (v.to_bits() >> 3) as u8)
+                .map(|b| if b & 0x7f == 0x7f { b ^ 1 } else { b })
+                .collect()
+        };
+        let (codes, pairs, bf16) = (bytes(4, 2 * n), bytes(5, n), bytes(6, 4 * n));
+        let (tiles, groups) = ([118, 127, 130, 9, 120, 246, 1, 127], bytes(7, 2 * n / 32));
+        let f32s = noise(2 * n, 8);
+        let rows = |i: usize| {
+            [
+                Row::F32(&f32s[i * n..][..n]),
+                Row::Bf16(&bf16[i * 2 * n..][..2 * n]),
+                Row::Fp8(&codes[i * n..][..n], &tiles[i * 4..][..4]),
+                Row::Fp4(&pairs[i * n / 2..][..n / 2], &groups[i * n / 32..][..n / 32]),
+            ]
+        };
+        for (a, b) in rows(0).into_iter().zip(rows(1)) {
+            let Some(found) = stored_dots([a, b], &x) else { continue };
+            for (row, sum) in [a, b].iter().zip(found) {
+                let mut widened = vec![f32::NAN; n];
+                row.widen(&mut widened);
+                assert_eq!(sum.to_bits(), dot(&x, &widened).to_bits(), "{row:?}");
             }
         }
     }

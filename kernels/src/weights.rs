@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use dsv4_model::layout::{Format, MatrixLayout};
+use dsv4_model::layout::{Format, MatrixLayout, TILE};
 use dsv4_model::tensors::{TensorRow, table};
 use dsv4_model::{Block, Kind, ModelConfig, ModelError, TensorId, Tp};
 
-use crate::simd;
+use crate::simd::Row;
 
 /// The arena's bytes, however they are held.
 pub type Arena = Arc<dyn AsRef<[u8]> + Send + Sync>;
@@ -67,38 +67,34 @@ impl<'a> Matrix<'a> {
         self.format
     }
 
-    /// Widens row `index` into `out` (`cols` values).
-    pub fn widen_row(&self, index: usize, out: &mut [f32]) {
-        assert!(index < self.rows && out.len() == self.cols, "row {index} of {}", self.rows);
+    /// Row `index` as it is stored.
+    pub fn row(&self, index: usize) -> Row<'a> {
+        assert!(index < self.rows, "row {index} of {}", self.rows);
         let index = self.first + index;
-        let row_bytes = self.layout.row_bytes as usize;
-        let codes = &self.bytes[index * row_bytes..(index + 1) * row_bytes];
-        let scales = |row: usize| {
-            let width = self.layout.scale_row_bytes as usize;
-            let start = self.layout.scales_offset as usize + row * width;
-            &self.bytes[start..start + width]
+        let part = |offset: u64, width: u64, row: usize| {
+            let start = offset as usize + row * width as usize;
+            &self.bytes[start..start + width as usize]
         };
+        let codes = part(0, self.layout.row_bytes, index);
+        let scales = |row| part(self.layout.scales_offset, self.layout.scale_row_bytes, row);
         match self.format {
-            Format::F32 => out.copy_from_slice(bytemuck::cast_slice(codes)),
-            Format::Bf16 => simd::widen_bf16(codes, out),
-            Format::Fp8 => simd::widen_fp8(codes, scales(index / dsv4_model::layout::TILE as usize), out),
-            Format::Fp4 => simd::widen_fp4(codes, scales(index), out),
+            Format::F32 => Row::F32(bytemuck::cast_slice(codes)),
+            Format::Bf16 => Row::Bf16(codes),
+            Format::Fp8 => Row::Fp8(codes, scales(index / TILE as usize)),
+            Format::Fp4 => Row::Fp4(codes, scales(index)),
             Format::I64 => panic!("an integer table is not a matrix"),
         }
+    }
+
+    /// Widens row `index` into `out` (`cols` values).
+    pub fn widen_row(&self, index: usize, out: &mut [f32]) {
+        self.row(index).widen(out);
     }
 
     /// Rows `first..first + count` as a matrix of their own.
     pub fn rows_from(self, first: usize, count: usize) -> Matrix<'a> {
         assert!(first + count <= self.rows, "rows {first}+{count} of {}", self.rows);
         Matrix { first: self.first + first, rows: count, ..self }
-    }
-
-    /// Row `index` of a float32 matrix, in place.
-    pub fn f32_row(&self, index: usize) -> Option<&'a [f32]> {
-        let row_bytes = self.layout.row_bytes as usize;
-        let index = self.first + index;
-        (self.format == Format::F32)
-            .then(|| bytemuck::cast_slice(&self.bytes[index * row_bytes..(index + 1) * row_bytes]))
     }
 }
 

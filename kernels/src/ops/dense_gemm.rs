@@ -1,7 +1,7 @@
 //! y = x . W^T for weights of any stored format.
 
 use crate::ops::{Mat, for_chunks};
-use crate::simd;
+use crate::simd::{self, Row};
 use crate::weights::Matrix;
 
 /// Outputs a task computes.
@@ -22,18 +22,27 @@ pub fn matmul(x: &Mat, w: Matrix<'_>) -> Mat {
     // Outputs first, so that tasks write apart from one another.
     let mut by_output = vec![0f32; x.rows * w.rows];
     for_chunks(&mut by_output, OUTPUTS_PER_TASK * x.rows, work, |task, chunk| {
-        let mut widened = vec![0f32; OUTPUTS_AT_ONCE * w.cols];
+        let mut widened = Vec::new();
         for (i, out) in chunk.chunks_mut(OUTPUTS_AT_ONCE * x.rows).enumerate() {
             let first = task * OUTPUTS_PER_TASK + i * OUTPUTS_AT_ONCE;
             let count = out.len() / x.rows;
+            if x.rows == 1 && count == OUTPUTS_AT_ONCE {
+                let rows: [Row<'_>; OUTPUTS_AT_ONCE] = std::array::from_fn(|j| w.row(first + j));
+                if let Some(sums) = simd::stored_dots(rows, &x.data) {
+                    out.copy_from_slice(&sums);
+                    continue;
+                }
+            }
+            widened.resize(OUTPUTS_AT_ONCE * w.cols, 0f32);
             for (j, row) in widened.chunks_exact_mut(w.cols).take(count).enumerate() {
                 w.widen_row(first + j, row);
             }
             let rows: Vec<&[f32]> = widened.chunks_exact(w.cols).take(count).collect();
-            match (x.rows, rows.as_slice().try_into()) {
-                // A dot product is the same from either side.
-                (1, Ok(rows)) => out.copy_from_slice(&simd::dot4(rows, &x.data)),
-                _ => rows.iter().zip(out.chunks_exact_mut(x.rows)).for_each(|(row, out)| dot_rows(x, row, out)),
+            match rows.as_slice().try_into() {
+                Ok(rows) => four_rows(x, rows, out),
+                Err(_) => rows.iter().zip(out.chunks_exact_mut(x.rows)).for_each(|(row, out)| {
+                    out.iter_mut().enumerate().for_each(|(r, o)| *o = simd::dot(x.row(r), row));
+                }),
             }
         }
     });
@@ -49,15 +58,19 @@ pub fn matmul(x: &Mat, w: Matrix<'_>) -> Mat {
     out
 }
 
-/// Dot products of every row of `x` with `w`.
-fn dot_rows(x: &Mat, w: &[f32], out: &mut [f32]) {
+/// Products of every row of `x` with four weight rows: `out` is `[4, rows]`.
+fn four_rows(x: &Mat, w: [&[f32]; OUTPUTS_AT_ONCE], out: &mut [f32]) {
     let mut r = 0;
-    while r + 4 <= x.rows {
-        let four = simd::dot4([x.row(r), x.row(r + 1), x.row(r + 2), x.row(r + 3)], w);
-        out[r..r + 4].copy_from_slice(&four);
-        r += 4;
+    while r + 3 <= x.rows {
+        let tile = simd::tile(w, [x.row(r), x.row(r + 1), x.row(r + 2)]);
+        for (out, sums) in out.chunks_exact_mut(x.rows).zip(tile) {
+            out[r..r + 3].copy_from_slice(&sums);
+        }
+        r += 3;
     }
     for r in r..x.rows {
-        out[r] = simd::dot(x.row(r), w);
+        for (out, [sum]) in out.chunks_exact_mut(x.rows).zip(simd::tile(w, [x.row(r)])) {
+            out[r] = sum;
+        }
     }
 }

@@ -10,6 +10,7 @@ use crate::ops::hyper_connection::{self as hc, RowMix};
 use crate::ops::rms_norm::inverse_rms;
 use crate::ops::rope::{rotate, rotate_back};
 use crate::ops::{Mat, for_chunks, indexer, moe_gemm, router, sparse_attention};
+use crate::simd::Row;
 
 impl Backend for Reference {
     type Act = Mat;
@@ -83,7 +84,10 @@ impl Backend for Reference {
         let w = self.weights.matrix(TensorId { block: layer.block, kind: matrix }, 0);
         let (base, scale) = (self.weights.small(layer.block, base), self.weights.small(layer.block, scale));
         let mut x = Mat::zeros(h.0.rows, self.config.hidden_size as usize);
-        let row_of = |i: usize| w.f32_row(i).expect("mixing matrices are float32");
+        let row_of = |i: usize| match w.row(i) {
+            Row::F32(values) => values,
+            other => panic!("mixing matrices are float32, not {other:?}"),
+        };
         let mix = |r: usize| hc::mix(h.0.row(r), row_of, base, scale, params);
         let mixes: Vec<RowMix> = if h.0.rows > 1 {
             use rayon::prelude::*;
