@@ -90,17 +90,20 @@ pub fn answer(
         chunk: options.chunk,
         eos,
     };
-    let mut stream = tokenizer.stream(true);
+    // Special tokens stay: some vocabularies mark the tags that the parser reads as special.
+    let mut stream = tokenizer.stream(false);
     let mut parser = StreamParser::new(options.thinking);
     let mut feed = |events: Vec<Event>| events.into_iter().try_for_each(&mut *on_event);
     let generated = generate(&mut session.engine, &request, &mut |token| {
-        stream.push(token).map_or(ControlFlow::Continue(()), |text| feed(parser.push(&text)))
+        let text = if token == eos { None } else { stream.push(token) };
+        text.map_or(ControlFlow::Continue(()), |text| feed(parser.push(&text)))
     })?;
     if generated.finish != Finish::Cancelled {
         let rest = stream.finish().map(|text| parser.push(&text)).unwrap_or_default();
         let _ = feed(rest).is_continue() && feed(parser.finish()).is_continue();
     }
-    let text = tokenizer.decode(&generated.tokens, true);
+    let shown = generated.tokens.strip_suffix(&[eos]).unwrap_or(&generated.tokens);
+    let text = tokenizer.decode(shown, false);
     let message = parse(&text, options.thinking);
     Ok(Answer { generated, text, message })
 }

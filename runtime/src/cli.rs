@@ -101,10 +101,10 @@ pub struct AnswerArgs {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub max_tokens: Option<u32>,
     /// 0 always takes the likeliest token
-    #[arg(long, default_value_t = 0.0, value_parser = temperature)]
+    #[arg(long, default_value_t = 0.0, value_parser = temperature, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Choose among the likeliest tokens with this much probability
-    #[arg(long, default_value_t = 1.0, value_parser = probability)]
+    #[arg(long, default_value_t = 1.0, value_parser = probability, allow_negative_numbers = true)]
     pub top_p: f32,
     /// Seed of the choice
     #[arg(long, default_value_t = 0)]

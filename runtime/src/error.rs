@@ -76,6 +76,11 @@ pub enum RunError {
 }
 
 impl RunError {
+    /// Whether the ranks are no longer in step: one is gone, or this one failed within a step.
+    pub fn loses_ranks(&self) -> bool {
+        matches!(self, RunError::Peer(_) | RunError::Backend(_) | RunError::Command(_))
+    }
+
     /// 2 usage, 3 input or artifact, 4 device or memory, 5 peer.
     pub fn exit_code(&self) -> u8 {
         match self {

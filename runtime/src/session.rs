@@ -98,8 +98,9 @@ pub fn start(settings: &Settings, progress: &dyn Progress) -> Result<Started, Ru
                     "--peers lists {count} ranks, the artifact was packed for {tp}\n  help: give --peers {tp} addresses, rank 0 first"
                 )));
             }
-            // The id keeps mixed-up groups apart; it is no secret. The link between machines is private.
-            let token = Token::new(opened.artifact.manifest().artifact_id.0);
+            // The same for everybody: the link between machines is private, and what must be equal is a fact,
+            // so that a difference is told with both values.
+            let token = Token::new([0; 32]);
             let deadlines = Deadlines { connect: *within, ..Deadlines::default() };
             (Some(ranks::connect(*rank, peers, token, facts, deadlines)?), 1)
         }
@@ -112,7 +113,7 @@ pub fn start(settings: &Settings, progress: &dyn Progress) -> Result<Started, Ru
         }
         Some(Mesh { mut collective, control }) => {
             let arena = opened.load(collective.rank(), settings.threads, progress)?;
-            collective.barrier(LOAD_WITHIN)?;
+            collective.barrier(LOAD_WITHIN).map_err(|error| explain(&mut locals, error.into()))?;
             (Rank::new(opened.backend(arena, Box::new(collective), options(settings))?), Some(control))
         }
     };
@@ -166,12 +167,16 @@ fn start_threads(settings: &Settings, local_ranks: u32) -> Result<(), RunError> 
         .map_err(|e| RunError::Threads { threads, reason: e.to_string() })
 }
 
+/// A better error than a lost connection, where a local rank has just ended.
+fn explain(locals: &mut Option<LocalRanks>, error: RunError) -> RunError {
+    let ended = locals.as_mut().filter(|_| error.loses_ranks()).and_then(|l| l.find_ended(Duration::from_secs(1)));
+    ended.map_or(error, RunError::Peer)
+}
+
 impl Session {
     /// A better error than a lost connection, where a local rank has just ended.
     pub fn explain(&mut self, error: RunError) -> RunError {
-        let lost = matches!(error, RunError::Peer(_) | RunError::Backend(_));
-        let ended = self.locals.as_mut().filter(|_| lost).and_then(|l| l.find_ended(Duration::from_secs(1)));
-        ended.map_or(error, RunError::Peer)
+        explain(&mut self.locals, error)
     }
 
     /// Ends all ranks in order.

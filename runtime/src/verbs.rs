@@ -76,7 +76,12 @@ fn with_session(
     let Some(mut session) = begin(artifact, common, None)? else { return Ok(()) };
     match f(&mut session) {
         Ok(()) => session.close(),
-        Err(error) => Err(session.explain(error)),
+        Err(error) if error.loses_ranks() => Err(session.explain(error)),
+        Err(error) => {
+            // The ranks are well and end in order; what was wrong says more than how that went.
+            let _ = session.close();
+            Err(error)
+        }
     }
 }
 

@@ -166,15 +166,18 @@ impl Ran {
     }
 
     /// Requires a failure with `code`, nothing on standard output, and an error message that has every
-    /// one of `words` and says what to do.
+    /// one of `words` and says what to do; unless ranks were lost (5), one message alone.
     pub fn fails(&self, code: i32, words: &[&str]) {
         assert_eq!(self.code, Some(code), "{self:#?}");
         assert_eq!(self.out, "", "{self:#?}");
         self.says(words);
+        let messages = self.err.lines().filter(|line| line.starts_with("error: ")).count();
+        assert!(messages == 1 || code == 5, "{messages} messages in {self:#?}");
     }
 
     /// Requires an error message that has every one of `words` and says what to do.
     pub fn says(&self, words: &[&str]) {
+        println!("{}", self.err.trim_end());
         for word in ["error: ", "\n  help: "].iter().chain(words) {
             assert!(self.err.contains(word), "no {word:?} in {self:#?}");
         }

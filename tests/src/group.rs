@@ -41,8 +41,7 @@ impl Group {
         let options = RankOptions { numerics, slots: 1, rows_max, threads: 2 };
         if tp == 1 {
             let arena = opened.load(0, 2, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
-            let backend = opened.backend(arena, Box::new(Alone), options).unwrap_or_else(|e| panic!("{e}"));
-            return Group { engine: Engine::new(Rank::new(backend), None), workers: Vec::new() };
+            return Group::alone(opened.backend(arena, Box::new(Alone), options).unwrap_or_else(|e| panic!("{e}")));
         }
         let peers = addresses(tp);
         let (rank_0, workers) = (peers.clone(), 1..tp);
@@ -58,6 +57,11 @@ impl Group {
             (rank, Control::Leader(sender)) => Group { engine: Engine::new(rank, Some(sender)), workers },
             (_, control) => panic!("rank 0 got {control:?}"),
         }
+    }
+
+    /// One rank that is there already.
+    pub fn alone(backend: Reference) -> Group {
+        Group { engine: Engine::new(Rank::new(backend), None), workers: Vec::new() }
     }
 
     /// Rank 0's backend.

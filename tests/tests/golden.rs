@@ -7,15 +7,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use dsv4_kernels::collective::Alone;
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::ops::Mat;
-use dsv4_kernels::reference::Streams;
+use dsv4_kernels::reference::{Reference, Streams};
 use dsv4_kernels::state::{Compressed, Ring};
+use dsv4_kernels::weights::{Arena, Weights};
 use dsv4_model::forward::layer;
 use dsv4_model::ops::{Backend, Segment, Step};
-use dsv4_model::{Model, ModelConfig};
+use dsv4_model::tensors::table;
+use dsv4_model::trace::Trace;
+use dsv4_model::{Model, TensorId, Tp};
 use dsv4_run::step::Command;
-use dsv4_tests::artifacts::{Packed, synthetic};
+use dsv4_tests::artifacts::{Packed, Unwatched, synthetic};
 use dsv4_tests::golden::{self, Distance, Tensor, distance, kl};
 use dsv4_tests::group::Group;
 use dsv4c::pack::{PackOptions, pack};
@@ -27,30 +31,29 @@ const LAYER_MEAN: f64 = 0.02;
 /// Divergence of the published numerics over a whole model, nats, mean over rows.
 const KL_MEAN: f64 = 0.03;
 
-/// Bounds of intermediate results by name: the largest difference in float numerics; in published ones
-/// the mean difference as a part of the mean magnitude, in layer 0 and in any layer (none: not
-/// comparable, a rounding decides what is chosen).
+/// Bounds of intermediate results by name: the largest difference in float numerics, and in published
+/// ones, from equal inputs of a layer, the mean difference as a part of the mean magnitude.
 ///
-/// Goldens of the published numerics differ by more and more as FP8 rounding amplifies every earlier
-/// rounding; layer by layer from equal inputs see `published_layer_by_layer`.
-const TRACE: &[(&str, f64, Option<(f64, f64)>)] = &[
-    ("attn_in", 1e-4, Some((1e-6, 0.2))),
-    ("attn_post", 1e-5, Some((1e-6, 0.2))),
-    ("attn_comb", 1e-5, Some((1e-6, 0.2))),
-    ("q", 1e-4, Some((1e-6, 0.2))),
-    ("kv", 1e-4, Some((1e-6, 0.2))),
-    ("attn_heads", 1e-4, None),
-    ("attn_out", 1e-4, Some((1e-6, 0.2))),
-    ("h_mid", 1e-4, Some((1e-6, 0.2))),
-    ("ffn_in", 1e-4, Some((1e-6, 0.2))),
-    ("ffn_out", 1e-4, Some((1e-6, 0.2))),
-    ("h_out", 1e-4, Some((1e-6, 0.2))),
-    ("compressed_new", 1e-4, Some((1e-6, 0.2))),
-    ("indexer_new", 1e-4, Some((1e-6, 0.2))),
-    ("index_scores", 1e-3, Some((1e-6, 0.2))),
-    ("index_keep", 0.0, None),
-    ("route_experts", 0.0, None),
-    ("route_weights", 1e-5, Some((1e-6, 0.2))),
+/// The backend sums the experts before it rounds, the published code rounds each of them: `ffn_out` and
+/// `h_out` differ by that.
+const TRACE: &[(&str, f64, f64)] = &[
+    ("attn_in", 1e-4, 1e-3),
+    ("attn_post", 1e-5, 1e-3),
+    ("attn_comb", 1e-5, 1e-3),
+    ("q", 1e-4, 1e-3),
+    ("kv", 1e-4, 1e-3),
+    ("attn_heads", 1e-4, 1e-3),
+    ("attn_out", 1e-4, 1e-3),
+    ("h_mid", 1e-4, 1e-3),
+    ("ffn_in", 1e-4, 1e-3),
+    ("ffn_out", 1e-4, 4e-3),
+    ("h_out", 1e-4, 2e-3),
+    ("compressed_new", 1e-4, 1e-3),
+    ("indexer_new", 1e-4, 1e-3),
+    ("index_scores", 1e-3, 1e-3),
+    ("index_keep", 0.0, 0.0),
+    ("route_experts", 0.0, 0.0),
+    ("route_weights", 1e-5, 1e-3),
 ];
 
 fn mid_step(rows: usize) -> Step {
@@ -127,69 +130,95 @@ fn published_logits_do_not_depend_on_steps() {
 
 type Taps = BTreeMap<String, Mat>;
 
-/// Every intermediate result of prompt mid on one rank.
-fn taps(numerics: Numerics) -> Taps {
-    let packed = Packed::tiny(1);
-    let mut group = Group::start(packed.path(), numerics, 140);
+/// Makes the backend show its intermediate results.
+fn tap(reference: &mut Reference) -> Arc<Mutex<Taps>> {
     let seen = Arc::new(Mutex::new(Taps::new()));
     let into = Arc::clone(&seen);
-    group.reference().set_tap(Some(Box::new(move |name, cols, values| {
+    reference.set_tap(Some(Box::new(move |name, cols, values| {
         let mat = Mat { rows: values.len() / cols.max(1), cols, data: values.to_vec() };
         assert!(into.lock().unwrap().insert(name.to_owned(), mat).is_none(), "{name} twice");
     })));
-    group.engine.run(Command::Open(0)).unwrap();
-    group.engine.run(Command::Trunk(mid_step(140))).unwrap();
-    group.finish();
-    Arc::into_inner(seen).expect("the backend is gone").into_inner().unwrap()
+    seen
 }
 
-/// Compares every tensor of a trace file; the worst of each name over all layers.
-fn compare_trace(file: &str, numerics: Numerics) -> BTreeMap<&'static str, Distance> {
+/// How far one kind of intermediate result is from the goldens, in the layer where it is farthest.
+#[derive(Clone, Copy, Debug, Default)]
+struct Worst {
+    /// Largest difference.
+    max: f64,
+    /// Mean difference as a part of the mean magnitude.
+    relative: f64,
+}
+
+/// Compares every tensor of a trace file with what was seen over prompt mid: the worst of each kind.
+fn compare_trace(file: &str, seen: &Taps) -> BTreeMap<&'static str, Worst> {
     let golden = golden::tensors(file);
     let rows: Vec<usize> = golden["pick"].data.iter().map(|r| *r as usize).collect();
-    let found = taps(numerics);
-    let mut worst: BTreeMap<&str, Distance> = BTreeMap::new();
+    let mut worst: BTreeMap<&str, Worst> = BTreeMap::new();
     for (name, expected) in golden.iter().filter(|(name, _)| *name != "pick") {
-        let kind = name.splitn(3, '.').nth(2).expect("layers.N.NAME");
+        let kind = name.splitn(3, '.').nth(2).expect("layers.N.KIND");
         let (kind, ..) = TRACE.iter().find(|t| t.0 == kind).unwrap_or_else(|| panic!("no tolerance for {name}"));
-        let tap = found.get(name).unwrap_or_else(|| panic!("the backend does not show {name}"));
+        let found = seen.get(name).unwrap_or_else(|| panic!("the backend does not show {name}"));
+        // All entries of the prompt, or the rows that are listed.
         let whole = matches!(*kind, "compressed_new" | "indexer_new");
-        let values = if whole { tap.data.clone() } else { pick(tap, rows.iter().copied()) };
+        let values = if whole { found.data.clone() } else { pick(found, rows.iter().copied()) };
         let d = distance(&values, &expected.data);
-        let finite = expected.data.iter().filter(|v| v.is_finite());
-        let size = finite.clone().map(|v| f64::from(v.abs())).sum::<f64>() / finite.count() as f64;
-        println!("{name}: mean {:.2e} relative {:.2e}", d.mean, d.mean/size);
+        let size: f64 = expected.data.iter().filter(|v| v.is_finite()).map(|v| f64::from(v.abs())).sum();
+        let relative = d.mean * expected.data.len() as f64 / size;
         let worst = worst.entry(kind).or_default();
-        *worst = Distance { max: worst.max.max(d.max), mean: worst.mean.max(d.mean) };
-        if numerics == Numerics::Published
-            && *kind == "route_experts"
-            && ["layers.0.", "layers.1."].iter().any(|l| name.starts_with(l))
-        {
-            assert_eq!(d.max, 0.0, "{name}: routed by the token table alone");
-        }
+        *worst = Worst { max: worst.max.max(d.max), relative: worst.relative.max(relative) };
     }
-    for (name, d) in &worst {
-        println!("{file} {name}: max |d| {:.2e}, mean {:.2e}", d.max, d.mean);
+    for (name, Worst { max, relative }) in &worst {
+        println!("{file} {name}: max |d| {max:.2e}, relative mean {relative:.2e}");
     }
     worst
 }
 
 #[test]
 fn float_traces() {
-    let worst = compare_trace("trace_float.safetensors", Numerics::Float);
+    let packed = Packed::tiny(1);
+    let mut group = Group::start(packed.path(), Numerics::Float, 140);
+    let seen = tap(group.reference());
+    group.engine.run(Command::Open(0)).unwrap();
+    group.engine.run(Command::Trunk(mid_step(140))).unwrap();
+    group.finish();
+    let worst = compare_trace("trace_float.safetensors", &seen.lock().unwrap());
     assert_eq!(worst.len(), TRACE.len(), "every name of the table occurs");
     for (name, max, _) in TRACE {
         assert!(worst[name].max <= *max, "{name}: max |d| {} exceeds {max}", worst[name].max);
     }
 }
 
+/// Each layer alone, from the exact input that the reference had: its output and what is between.
 #[test]
-fn published_traces() {
-    let worst = compare_trace("trace_serve.safetensors", Numerics::Published);
-    for (name, _, mean) in TRACE {
-        if let Some(mean) = mean {
-            assert!(worst[name].mean <= *mean, "{name}: mean |d| {} exceeds {mean}", worst[name].mean);
-        }
+fn published_layer_by_layer() {
+    let golden = golden::tensors("layer_io_serve.safetensors");
+    let packed = Packed::tiny(1);
+    let mut group = Group::start(packed.path(), Numerics::Published, 140);
+    let reference = group.reference();
+    let seen = tap(reference);
+    let model = Model::new(reference.config());
+    let streams = |t: &Tensor| Mat { rows: t.shape[0], cols: t.cols(), data: t.data.clone() };
+    reference.open(0).unwrap();
+    reference.begin(mid_step(140), None).unwrap();
+    for (i, spec) in model.layers().iter().enumerate() {
+        let last = i + 1 == model.layers().len();
+        let next = if last { format!("layers.{i}.out") } else { format!("layers.{}.in", i + 1) };
+        let mut h = Streams(streams(&golden[&format!("layers.{i}.in")]));
+        let done = layer(reference, spec, &mut h, None).unwrap();
+        reference.hc_finish(&mut h, done).unwrap();
+        let (found, expected) = (&h.0.data, &golden[&next].data);
+        let d = distance(found, expected);
+        let count = found.len() as f64;
+        let size = expected.iter().map(|v| f64::from(v.abs())).sum::<f64>() / count;
+        let equal = 100.0 * found.iter().zip(expected).filter(|(a, b)| a == b).count() as f64 / count;
+        println!("layer {i}: mean |d| {:.2e} of mean |h| {size:.2}, max {:.2e}, {equal:.1} % equal", d.mean, d.max);
+        assert!(d.mean < LAYER_MEAN, "layer {i}: mean |d| {} exceeds {LAYER_MEAN}", d.mean);
+    }
+    group.finish();
+    for (name, w) in compare_trace("trace_serve.safetensors", &seen.lock().unwrap()) {
+        let (_, _, bound) = TRACE.iter().find(|t| t.0 == name).expect("compared by the table");
+        assert!(w.relative <= *bound, "{name}: relative mean |d| {} exceeds {bound}", w.relative);
     }
 }
 
@@ -218,7 +247,7 @@ fn decode_state() {
         let mut same = |name: String, found: &[f32]| {
             let expected = golden.get(&name).unwrap_or_else(|| panic!("no golden {name}"));
             let d = distance(found, &expected.data);
-            assert!(d.max <= 1e-5, "steps of {chunk}, {name}: max |d| {}", d.max);
+            assert!(d.max <= 1e-4, "steps of {chunk}, {name}: max |d| {}", d.max);
             compared.insert(name);
             d.max
         };
@@ -250,44 +279,20 @@ fn decode_state() {
     }
 }
 
-/// Each layer alone, from the exact input that the reference had.
-#[test]
-fn published_layer_by_layer() {
-    let golden = golden::tensors("layer_io_serve.safetensors");
-    let packed = Packed::tiny(1);
-    let mut group = Group::start(packed.path(), Numerics::Published, 140);
-    let reference = group.reference();
-    let model = Model::new(reference.config());
-    let streams = |t: &Tensor| Mat { rows: t.shape[0], cols: t.cols(), data: t.data.clone() };
-    for (i, spec) in model.layers().iter().enumerate() {
-        let next =
-            if i + 1 < model.layers().len() { format!("layers.{}.in", i + 1) } else { format!("layers.{i}.out") };
-        let mut h = Streams(streams(&golden[&format!("layers.{i}.in")]));
-        reference.open(0);
-        reference.begin(mid_step(140));
-        let done = layer(reference, spec, &mut h, None).unwrap();
-        reference.hc_finish(&mut h, done).unwrap();
-        let d = distance(&h.0.data, &golden[&next].data);
-        let size = golden[&next].data.iter().map(|v| f64::from(v.abs())).sum::<f64>() / h.0.data.len() as f64;
-        let equal = h.0.data.iter().zip(&golden[&next].data).filter(|(a, b)| a == b).count();
-        let equal = 100.0 * equal as f64 / h.0.data.len() as f64;
-        println!("layer {i}: mean |d| {:.2e} of mean |h| {size:.2}, max {:.2e}, {equal:.1} % equal", d.mean, d.max);
-        assert!(d.mean < LAYER_MEAN, "layer {i}: mean |d| {} exceeds {LAYER_MEAN}", d.mean);
-    }
-    group.finish();
-}
-
 /// Divergence of the published numerics, end to end, from the float and the served reference.
 #[test]
 fn published_end_to_end() {
     let tokens = golden::prompt("mid");
     let float = &golden::tensors("logits_float.safetensors")["mid"];
     let served = &golden::tensors("logits_serve.safetensors")["mid"];
+    let mut alone: Option<Mat> = None;
     for tp in [1, 2] {
         let packed = Packed::tiny(tp);
         let mut group = Group::start(packed.path(), Numerics::Published, 64);
         let (ours, _) = group.logits(&tokens, 64, false);
         group.finish();
+        let d = distance(&ours.data, &alone.get_or_insert_with(|| ours.clone()).data);
+        println!("tp {tp} against 1, published: mean |d| {:.2e}, max {:.2e}", d.mean, d.max);
         for (name, golden) in [("float", float), ("served", served)] {
             let rows: Vec<f64> = (0..ours.rows).map(|r| kl(ours.row(r), golden.row(r))).collect();
             let mean = rows.iter().sum::<f64>() / rows.len() as f64;
@@ -332,14 +337,67 @@ fn a_cut_through_a_tile_is_refused() {
     for tp in [4, 8] {
         let out = temp.path().join("cut.dsv4");
         let options = PackOptions { out: Some(out), ..PackOptions::new(&tiny, tp) };
-        let error = pack(&options, &dsv4_tests::artifacts::Unwatched).unwrap_err();
+        let error = pack(&options, &Unwatched).unwrap_err();
         let text = error.to_string();
         assert!(text.contains("layers.0.attn.") && text.contains("--tp 1, 2"), "{text}");
         assert_eq!(error.exit_code(), 3, "{text}");
     }
     assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 0);
-    // What fits is what the description of the model says, on any machine.
-    let text = std::fs::read_to_string(tiny.join("config.json")).unwrap();
-    assert!(dsv4c::plan::Plan::new(&dsv4c::checkpoint::Config::read(&tiny).unwrap(), 2).is_ok());
-    assert_eq!(ModelConfig::parse(&text).unwrap().o_groups, 2);
+}
+
+/// A loaded rank's bytes with zeros behind them, aligned as the rank's arena is.
+struct WithZeros {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl WithZeros {
+    fn new(arena: &[u8], zeros: usize) -> WithZeros {
+        const ALIGN: usize = 4096;
+        let mut bytes = vec![0; arena.len() + zeros + ALIGN];
+        let start = bytes.as_ptr().align_offset(ALIGN);
+        bytes[start..start + arena.len()].copy_from_slice(arena);
+        WithZeros { bytes, start }
+    }
+}
+
+impl AsRef<[u8]> for WithZeros {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes[self.start..]
+    }
+}
+
+/// The tensors that the backend reads are those that the trace of the forward pass lists: put zeros in
+/// the place of any one, and some logits change.
+#[test]
+fn every_tensor_of_the_trace_matters() {
+    let packed = Packed::tiny(1);
+    let opened = dsv4_run::load::open(packed.path()).unwrap();
+    let config = &opened.config;
+    let loaded = opened.load(0, 2, &Unwatched).unwrap();
+    let layout = opened.artifact.layout(0).unwrap();
+    let place = |name: &str| {
+        let place = layout.tensor(name)?;
+        Some(place.arena_offset as usize..(place.arena_offset + place.len) as usize)
+    };
+    let rows = table(config);
+    let longest = rows.iter().map(|row| row.artifact_bytes(Tp::ONE).unwrap() as usize).max().unwrap();
+    let arena: Arena = Arc::new(WithZeros::new(&loaded, longest));
+    let logits = |zeroed: Option<&str>, tokens: &[u32]| {
+        let weights = Weights::new(config, Tp::ONE, Arc::clone(&arena), |name| match place(name) {
+            Some(range) if zeroed == Some(name) => Some(loaded.len()..loaded.len() + range.len()),
+            range => range,
+        });
+        let (weights, alone) = (weights.unwrap(), Box::new(Alone));
+        let backend = Reference::new(config.clone(), Tp::ONE, Numerics::Float, weights, alone, 1, tokens.len());
+        Group::alone(backend).logits(tokens, tokens.len(), true)
+    };
+    // Long compression windows close, and the index selects, only in the longer one.
+    let prompts = ["short", "mid"].map(golden::prompt);
+    let whole = prompts.each_ref().map(|tokens| logits(None, tokens));
+    let changes = |name: &str| prompts.iter().zip(&whole).any(|(tokens, whole)| logits(Some(name), tokens) != *whole);
+    let matter: BTreeSet<TensorId> = rows.iter().filter(|row| changes(&row.name)).map(|row| row.id).collect();
+    let traced: BTreeSet<TensorId> = Trace::run(config).into_iter().flat_map(|call| call.tensors).collect();
+    println!("{} tensors", traced.len());
+    assert_eq!(matter.symmetric_difference(&traced).collect::<Vec<_>>(), Vec::<&TensorId>::new());
 }
