@@ -6,6 +6,7 @@
 //! purpose: any interpretation of values, and memory maps (reads bypass the page cache).
 
 mod header;
+mod sums;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
@@ -15,17 +16,18 @@ use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
 use dsv4_format::io::DirectFile;
-use dsv4_model::ModelConfig;
+use dsv4_model::inventory::inventory;
 use dsv4_model::tensors::{StoredTensor, table};
+use dsv4_model::{ModelConfig, Tp};
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
 
 pub use header::Entry;
 
 use crate::error::{CompileError, Mismatch};
 
-const CONFIG_FILE: &str = "config.json";
-const INDEX_FILE: &str = "model.safetensors.index.json";
-const SHARD_SUFFIX: &str = ".safetensors";
+pub(crate) const CONFIG_FILE: &str = "config.json";
+pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
+pub(crate) const SHARD_SUFFIX: &str = ".safetensors";
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 const INDEX_BYTES_MAX: u64 = 64 << 20;
 const SIDE_FILE_BYTES_MAX: u64 = 256 << 20;
@@ -71,8 +73,8 @@ struct Place {
 impl Checkpoint {
     /// Opens and checks everything but the values.
     ///
-    /// Errors: every difference from the table in one [`CompileError::Tensors`]; a malformed file
-    /// by its name.
+    /// Errors: every difference from the table in one [`CompileError::Tensors`], or only the numbers
+    /// when they are far apart; a malformed file by its name.
     pub fn open(dir: &Path) -> Result<Checkpoint, CompileError> {
         if !dir.is_dir() {
             let found = if dir.exists() { "a file" } else { "nothing" };
@@ -91,6 +93,14 @@ impl Checkpoint {
             index.check(name, &list)?;
             shards.push(shard);
             entries.push(list);
+        }
+        let found = entries.iter().map(|list| list.len() as u64).sum();
+        let expected = inventory(&config.model, Tp::ONE).map_err(CompileError::model(dir))?;
+        let expected = expected.iter().map(|line| line.tensors).sum();
+        // Of another model. A config of a few bytes can ask for millions of names: they are made only
+        // when the shards have about as many.
+        if expected > 2 * found || found > 2 * expected {
+            return Err(CompileError::TensorCount { dir: dir.to_path_buf(), expected, found });
         }
         let mismatch = compare(&config.model, &shards, &entries);
         if !mismatch.is_empty() {

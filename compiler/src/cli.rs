@@ -1,15 +1,19 @@
 //! The verbs and their flags. Usage errors leave with exit code 2, see `CompileError::exit_code`.
 
+use std::io::{ErrorKind, Write};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use dsv4_format::Artifact;
 use dsv4c::CompileError;
 use dsv4c::checkpoint::Config;
+use dsv4c::diff::diff;
 use dsv4c::inspect;
 use dsv4c::pack::{MEMORY_DEFAULT, PackOptions, pack};
 use dsv4c::plan::Plan;
+use dsv4c::push::{self, PushOptions, Ranks, ReceiveOptions, Receiver, Token};
+use dsv4c::sign::{Verifier, keygen, sign};
 use dsv4c::synth::{Layers, SynthOptions, synth};
 use serde_json::{Value, json};
 
@@ -55,10 +59,95 @@ enum Verb {
     Verify {
         /// The artifact.
         artifact: PathBuf,
+        /// Require a signature that this public key (a .pub file) confirms.
+        #[arg(long)]
+        key: Option<PathBuf>,
         /// For programs.
         #[arg(long)]
         json: bool,
     },
+    /// Says why two artifacts differ. Exit code 0: the same; 3: they differ (and stdout says how) or
+    /// cannot be read (and stdout is empty).
+    ///
+    /// The same means: equal artifact ids, which cover everything that can change a token. Weights
+    /// are read only in blocks whose hashes differ. Of every kind of difference the first 20 are shown.
+    Diff {
+        /// One artifact.
+        a: PathBuf,
+        /// Another.
+        b: PathBuf,
+        /// For programs.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Makes a key pair to sign artifacts with, in minisign's formats and without a password.
+    ///
+    /// Writes NAME.key, which is secret, and NAME.pub, which verifies. Existing files are never overwritten.
+    Keygen {
+        /// Path of both files without `.key` and `.pub`.
+        #[arg(short, long)]
+        out: PathBuf,
+    },
+    /// Signs an artifact: writes its SIGNATURE, which `minisign -V` accepts for its MANIFEST.
+    Sign {
+        /// The artifact.
+        artifact: PathBuf,
+        /// The secret key, a .key file.
+        #[arg(long)]
+        key: PathBuf,
+        /// Replace a signature that is there.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Sends ranks of an artifact to another machine, where `dsv4c receive` waits.
+    ///
+    /// Only what is missing there is sent: after an interruption the same command resumes.
+    Push(PushArgs),
+    /// Waits for one `dsv4c push` and writes what it sends; a rank may join the same artifact later.
+    Receive(ReceiveArgs),
+}
+
+#[derive(Args)]
+struct PushArgs {
+    /// The artifact.
+    artifact: PathBuf,
+    /// HOST:PORT of the receiver.
+    peer: String,
+    /// Send this rank (may be repeated) [default: all that are here].
+    #[arg(long, conflicts_with = "all")]
+    rank: Vec<u32>,
+    /// Send every rank; an error if one is not here.
+    #[arg(long)]
+    all: bool,
+    /// File with a secret that the receiver has, too.
+    #[arg(long)]
+    token_file: Option<PathBuf>,
+    /// The summary for programs.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct ReceiveArgs {
+    /// Address to listen at, HOST:PORT.
+    #[arg(long)]
+    listen: String,
+    /// The artifact's directory, NAME.dsv4.
+    #[arg(short, long)]
+    out: PathBuf,
+    /// File with a secret (16 bytes or more) that a sender must have. Without it whoever reaches the
+    /// port may send; nothing is encrypted either way.
+    #[arg(long)]
+    token_file: Option<PathBuf>,
+    /// Take only what is signed with this public key (a .pub file).
+    #[arg(long)]
+    key: Option<PathBuf>,
+    /// Replace another artifact of that name, or repair the same.
+    #[arg(long)]
+    force: bool,
+    /// The summary for programs.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -86,6 +175,12 @@ struct PackArgs {
     /// Replace another artifact of that name.
     #[arg(long)]
     force: bool,
+    /// First check the files that this list names, in the format that sha256sum writes.
+    #[arg(long, value_name = "LIST")]
+    sha256: Option<PathBuf>,
+    /// Do not read the rank files back before they get their name.
+    #[arg(long)]
+    no_verify: bool,
     /// Discard what an interrupted pack left (every pack does: none is resumed).
     #[arg(long)]
     fresh: bool,
@@ -130,13 +225,15 @@ pub fn run() -> Result<(), CompileError> {
                 jobs: args.jobs,
                 memory: args.memory,
                 force: args.force,
+                sha256: args.sha256,
+                read_back: !args.no_verify,
             };
             let report = pack(&options, &bar)?;
-            print(args.json, || report.to_json(), || report.to_text());
+            print(args.json, || report.to_json(), || report.to_text())?;
         }
         Verb::Plan { config, tp, json } => {
             let plan = Plan::new(&Config::read(&config)?, tp)?;
-            print(json, || plan.to_json(), || plan.to_text());
+            print(json, || plan.to_json(), || plan.to_text())?;
         }
         Verb::Synth(args) => {
             let options = SynthOptions {
@@ -147,35 +244,104 @@ pub fn run() -> Result<(), CompileError> {
                 shards: args.shards,
             };
             let report = synth(&options, &bar)?;
-            print(args.json, || report.to_json(), || report.to_text());
+            print(args.json, || report.to_json(), || report.to_text())?;
         }
         Verb::Inspect { artifact, json } => {
             let artifact = Artifact::open(&artifact)?;
-            print(json, || inspect::to_json(&artifact), || inspect::to_text(&artifact));
+            print(json, || inspect::to_json(&artifact), || inspect::to_text(&artifact))?;
         }
-        Verb::Verify { artifact, json } => {
+        Verb::Verify { artifact, key, json } => {
             let artifact = Artifact::open(&artifact)?;
+            // Before the long part: who is not to be believed need not be read.
+            let signed = key.map(|key| Verifier::read(&key)?.check(&artifact)).transpose()?;
             let report = artifact.verify(&bar)?;
+            let signature = match &signed {
+                Some(signed) => json!({"key": signed.key.to_string(), "comment": signed.comment}),
+                None if report.signed => json!("unchecked"),
+                None => Value::Null,
+            };
             let id = artifact.manifest().artifact_id;
             let value = || {
                 json!({
                     "artifact_id": id.to_string(), "ranks": report.ranks, "absent": report.absent,
-                    "bytes": report.bytes, "signed": report.signed,
+                    "bytes": report.bytes, "signed": report.signed, "signature": signature,
                 })
             };
             let absent = if report.absent.is_empty() { String::new() } else { format!(", absent {:?}", report.absent) };
-            let text = || format!("{id}: {} bytes are as packed, ranks {:?}{absent}\n", report.bytes, report.ranks);
-            print(json, value, text);
+            let signature = match &signed {
+                Some(signed) => format!("signed with key {}: {}\n", signed.key, signed.comment.replace('\t', ", ")),
+                None if report.signed => "signed; the signature is unchecked without --key\n".into(),
+                None => String::new(),
+            };
+            let (bytes, ranks) = (report.bytes, report.ranks.clone());
+            print(json, value, || format!("{id}: {bytes} bytes are as packed, ranks {ranks:?}{absent}\n{signature}"))?;
+        }
+        Verb::Diff { a, b, json } => {
+            let found = diff(&Artifact::open(&a)?, &Artifact::open(&b)?, &bar)?;
+            print(json, || found.to_json(), || found.to_text())?;
+            found.require_equal()?;
+        }
+        Verb::Keygen { out } => {
+            let key = keygen(&out)?;
+            write_out(&format!(
+                "{} is secret, {} verifies; key {}\n",
+                key.secret.display(),
+                key.public.display(),
+                key.id
+            ))?;
+        }
+        Verb::Sign { artifact, key, force } => {
+            let artifact = Artifact::open(&artifact)?;
+            let signed = sign(&artifact, &key, force)?;
+            write_out(&format!("{}: signed with key {}\n", artifact.manifest().artifact_id, signed.key))?;
+        }
+        Verb::Push(args) => {
+            let which = match (args.all, args.rank.is_empty()) {
+                (true, _) => Ranks::All,
+                (false, true) => Ranks::Present,
+                (false, false) => Ranks::These(args.rank),
+            };
+            let options = PushOptions {
+                artifact: args.artifact,
+                which,
+                token: token(args.token_file.as_deref())?,
+                timeout: push::TIMEOUT,
+            };
+            let sent = push::push(&options, &args.peer, &bar)?;
+            print(args.json, || sent.to_json(), || sent.to_text())?;
+        }
+        Verb::Receive(args) => {
+            let options = ReceiveOptions {
+                out: args.out,
+                token: token(args.token_file.as_deref())?,
+                key: args.key.as_deref().map(Verifier::read).transpose()?,
+                force: args.force,
+                timeout: push::TIMEOUT,
+            };
+            let receiver = Receiver::bind(&args.listen, options)?;
+            // With port 0 only the system knows which one it is.
+            eprintln!("waiting at {}", receiver.address()?);
+            let received = receiver.accept(&bar, &|line| eprintln!("{line}"))?;
+            print(args.json, || received.to_json(), || received.to_text())?;
         }
     }
     Ok(())
 }
 
-fn print(json: bool, value: impl FnOnce() -> Value, text: impl FnOnce() -> String) {
-    if json {
-        println!("{}", value());
-    } else {
-        print!("{}", text());
+fn token(file: Option<&Path>) -> Result<Token, CompileError> {
+    file.map_or_else(|| Ok(Token::none()), Token::read)
+}
+
+fn print(json: bool, value: impl FnOnce() -> Value, text: impl FnOnce() -> String) -> Result<(), CompileError> {
+    write_out(&if json { format!("{}\n", value()) } else { text() })
+}
+
+/// Results. A reader that went away has what it wanted: that is no error.
+fn write_out(text: &str) -> Result<(), CompileError> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(source) if source.kind() != ErrorKind::BrokenPipe => Err(CompileError::Stdout { source }),
+        _ => Ok(()),
     }
 }
 

@@ -48,6 +48,18 @@ pub enum CompileError {
     /// The tensors are not those of the model that config.json describes.
     #[error("{dir}: the tensors are not those of the model in config.json{mismatch}\n  help: config.json and the shards must be of one DeepSeek-V4 release in its published FP8/FP4 formats", dir = .dir.display())]
     Tensors { dir: PathBuf, mismatch: Box<Mismatch> },
+    /// So many more or fewer that naming them would not help.
+    #[error("{dir}: the tensors are not those of the model in config.json: expected {expected} of them, found {found}\n  help: config.json and the shards must be of one DeepSeek-V4 release in its published FP8/FP4 formats", dir = .dir.display())]
+    TensorCount { dir: PathBuf, expected: u64, found: u64 },
+    /// A small file beside config.json that the artifact could not use.
+    #[error("{file}: {at}: expected {expected}, found {found}\n  help: the file is damaged or of another model; fetch it again, or move it away to pack without it", file = .file.display())]
+    SideFile { file: PathBuf, at: String, expected: String, found: String },
+    /// A list of SHA-256 sums that is malformed or not of this checkpoint.
+    #[error("{file}: {at}: expected {expected}, found {found}\n  help: give the list that `sha256sum *.safetensors` writes in the checkpoint's directory", file = .file.display())]
+    SumList { file: PathBuf, at: String, expected: String, found: String },
+    /// A file with another SHA-256 sum than its line says.
+    #[error("{file}: SHA-256 is {found}, expected {expected}\n  help: the file is damaged or of another release; fetch it again", file = .file.display())]
+    Sum { file: PathBuf, expected: String, found: String },
     /// A stored value no kernel could use.
     #[error(
         "{tensor}: element {element} is {found}, expected {expected}\n  help: the checkpoint is damaged at this place; fetch the shard that holds this tensor again"
@@ -59,17 +71,41 @@ pub enum CompileError {
     /// An artifact with the output's name that cannot become the one asked for.
     #[error("{path}: an artifact is already here: {what}: expected {expected}, found {found}\n  help: choose another name, or replace it with --force", path = .path.display())]
     OtherArtifact { path: PathBuf, what: &'static str, expected: String, found: String },
+    /// A key file that is not one, or of the wrong kind.
+    #[error("{file}: expected {expected}, found {found}\n  help: {help}", file = .file.display())]
+    Key { file: PathBuf, expected: &'static str, found: String, help: &'static str },
+    /// A signature that is missing, of another key, or wrong.
+    #[error("{file}: expected {expected}, found {found}\n  help: {help}", file = .file.display())]
+    Signature { file: PathBuf, expected: String, found: String, help: &'static str },
+    /// Two artifacts that were compared. What differs is the result, not part of the message.
+    #[error("{b}: the artifact differs: expected that of {a}, {expected}, found {found}\n  help: stdout says what differs", a = .a.display(), b = .b.display())]
+    Differs { a: PathBuf, b: PathBuf, expected: String, found: String },
+    /// Results could not be written, for another reason than a reader that went away.
+    #[error("standard output: cannot write: {source}\n  help: check where it leads, and that disk's free space")]
+    Stdout { source: io::Error },
+    /// A connection that cannot be made, broke or stalled.
+    #[error("{peer}: cannot {action}: {source}\n  help: {help}")]
+    Network { peer: String, action: &'static str, source: io::Error, help: &'static str },
+    /// A peer that does not keep to the protocol, or is another than it should be.
+    #[error("{peer}: {at}: expected {expected}, found {found}\n  help: {help}")]
+    Peer { peer: String, at: &'static str, expected: String, found: String, help: &'static str },
+    /// A peer that said why it stops.
+    #[error(
+        "{peer}: expected it to go on, found that it refuses: {reason}\n  help: the reason is of the other machine; what to do is to be done there"
+    )]
+    Refused { peer: String, reason: String },
     /// A request that cannot be meant.
     #[error("{what}: expected {expected}, found {found}\n  help: {help}")]
     Usage { what: &'static str, expected: String, found: String, help: &'static str },
 }
 
 impl CompileError {
-    /// Process exit code: 2 usage, 3 input or artifact, 4 memory.
+    /// Process exit code: 2 usage, 3 input or artifact, 4 memory, 5 peer.
     pub fn exit_code(&self) -> u8 {
         match self {
             CompileError::Usage { .. } | CompileError::Model { source: ModelError::Tp { .. }, .. } => 2,
-            CompileError::Format(FormatError::Memory { .. }) => 4,
+            CompileError::Format(FormatError::Memory { .. } | FormatError::Thread { .. }) => 4,
+            CompileError::Network { .. } | CompileError::Peer { .. } | CompileError::Refused { .. } => 5,
             _ => 3,
         }
     }

@@ -3,14 +3,17 @@
 //! The work is a list of tiles (runs of whole rows of one stored tensor) in the artifact's order.
 //! Threads read, check, hash and cut tiles ahead; this thread takes them in order and feeds the rank
 //! writers, which hash and write on their own. Tiles in flight are counted, so memory is bounded
-//! whatever the tensor sizes; neither the number of threads nor the tile size changes a byte.
+//! whatever the tensor sizes; neither the number of threads nor the tile size changes a byte. Before
+//! the artifact gets its name the rank files are read back from the medium.
 
+mod side_files;
 mod tiles;
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
 
+use dsv4_format::io::raise_open_files;
 use dsv4_format::{
     Artifact, CommitInput, Digest, Draft, DraftOptions, Outcome, Progress, RankFile, RankWriter, SourceId,
 };
@@ -23,8 +26,6 @@ use crate::error::CompileError;
 use crate::plan::Plan;
 use tiles::{Reader, Ready};
 
-/// Copied into the artifact when they lie beside config.json.
-const SIDE_FILES: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"];
 const ZEROS: [u8; 4096] = [0; 4096];
 /// Default of [`PackOptions::memory`].
 pub const MEMORY_DEFAULT: u64 = 2 << 30;
@@ -46,6 +47,10 @@ pub struct PackOptions {
     pub memory: u64,
     /// Replace another artifact of the same name.
     pub force: bool,
+    /// A list as `sha256sum` writes it; the files it names are checked before anything is packed.
+    pub sha256: Option<PathBuf>,
+    /// Read the rank files back before they get their name, and compare every block.
+    pub read_back: bool,
 }
 
 impl PackOptions {
@@ -59,6 +64,8 @@ impl PackOptions {
             jobs: None,
             memory: MEMORY_DEFAULT,
             force: false,
+            sha256: None,
+            read_back: true,
         }
     }
 }
@@ -84,7 +91,9 @@ pub struct PackReport {
     pub rank_bytes: Vec<u64>,
     /// From opening to the final name.
     pub seconds: f64,
-    /// Whether the artifact is new, replaces another, or was there already.
+    /// How much of that was reading back; nothing if it was not asked for.
+    pub read_back_seconds: Option<f64>,
+    /// Whether the artifact is new, replaces another, got a rank it lacked, or was there already.
     pub outcome: Outcome,
 }
 
@@ -101,14 +110,19 @@ impl PackReport {
             "artifact_id": self.artifact_id, "weight_set_id": self.weight_set_id, "source_id": self.source_id,
             "tp": self.tp, "tensors": self.tensors, "source_bytes": self.source_bytes,
             "rank_bytes": self.rank_bytes, "seconds": self.seconds, "gb_per_s": self.gb_per_s(),
+            "read_back_seconds": self.read_back_seconds,
         })
     }
 
     /// The report for people.
     pub fn to_text(&self) -> String {
         let ranks: Vec<String> = self.rank_bytes.iter().map(u64::to_string).collect();
+        let read_back = match self.read_back_seconds {
+            Some(seconds) => format!("{seconds:.1} s of it to read back what was written"),
+            None => "not read back".into(),
+        };
         format!(
-            "{}: {}\n{} tensors, {} bytes for {} ranks of {} bytes in {:.1} s ({:.2} GB/s)\nartifact id {}\n",
+            "{}: {}\n{} tensors, {} bytes for {} ranks of {} bytes in {:.1} s ({:.2} GB/s), {read_back}\nartifact id {}\n",
             self.out.display(),
             outcome_name(self.outcome),
             self.tensors,
@@ -126,6 +140,7 @@ fn outcome_name(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Created => "created",
         Outcome::Replaced => "replaced",
+        Outcome::RankAdded => "rank added to the same artifact",
         Outcome::AlreadyThere => "already there, the same; nothing changed",
     }
 }
@@ -133,11 +148,14 @@ fn outcome_name(outcome: Outcome) -> &'static str {
 /// Packs a checkpoint.
 ///
 /// Errors: a checkpoint that is damaged or of another model, a `tp` that cuts a head, group or tile
-/// (before any weight is read), a name that is taken, a full disk. A failed pack leaves nothing.
+/// (before any weight is read), a name that is taken, a full disk, a disk that does not give back what
+/// was written. A failed pack leaves nothing.
 pub fn pack(options: &PackOptions, progress: &dyn Progress) -> Result<PackReport, CompileError> {
     let started = Instant::now();
+    raise_open_files();
     let checkpoint = Checkpoint::open(&options.checkpoint)?;
     let plan = Plan::new(checkpoint.config(), options.tp)?;
+    let mut meta = side_files::read(&checkpoint)?;
     let config_json = normalised(&checkpoint.config().text, &options.checkpoint)?;
     let out = match &options.out {
         Some(out) => out.clone(),
@@ -150,6 +168,10 @@ pub fn pack(options: &PackOptions, progress: &dyn Progress) -> Result<PackReport
         let expected = format!("a rank below {}", options.tp);
         let help = "ranks are counted from 0";
         return Err(CompileError::Usage { what: "--rank", expected, found: rank.to_string(), help });
+    }
+    if let Some(list) = &options.sha256 {
+        let jobs = options.jobs.or_else(|| std::thread::available_parallelism().ok());
+        checkpoint.check_sums(list, jobs.map_or(1, NonZeroUsize::get), progress)?;
     }
     let reader = Reader::new(&checkpoint, &plan, options.jobs, options.memory)?;
     let draft_options = DraftOptions { only_rank: options.rank };
@@ -167,7 +189,15 @@ pub fn pack(options: &PackOptions, progress: &dyn Progress) -> Result<PackReport
     })?;
     progress.finish();
     let ranks: Result<Vec<RankFile>, _> = writers.into_iter().map(RankWriter::finish).collect();
-    let mut meta = checkpoint.side_files(&SIDE_FILES)?;
+    let ranks = ranks?;
+    let read_back_seconds = match options.read_back {
+        true => {
+            let started = Instant::now();
+            draft.read_back(&ranks, progress)?;
+            Some(started.elapsed().as_secs_f64())
+        }
+        false => None,
+    };
     // The texts, not only their hashes: a program that refuses the artifact can then say why.
     meta.push((contract::OP_CONTRACT_NAME.into(), contract::op_contract().into_bytes()));
     meta.push((contract::WEIGHT_CONTRACT_NAME.into(), contract::weight_contract().into_bytes()));
@@ -179,10 +209,10 @@ pub fn pack(options: &PackOptions, progress: &dyn Progress) -> Result<PackReport
         weight_contract: Digest(contract::hash(&contract::weight_contract())),
         op_contract: Digest(contract::hash(&contract::op_contract())),
         canary: None,
-        ranks: ranks?,
-        receipt: receipt(options, &plan, started),
+        ranks,
+        receipt: receipt(options, &plan, started, read_back_seconds),
     };
-    let committed = draft.commit(input, options.force)?;
+    let committed = draft.commit(input, options.force, progress)?;
     Ok(PackReport {
         out,
         artifact_id: committed.artifact_id.to_string(),
@@ -193,6 +223,7 @@ pub fn pack(options: &PackOptions, progress: &dyn Progress) -> Result<PackReport
         source_bytes: plan.checkpoint_bytes(),
         rank_bytes: plan.rank_file_bytes(),
         seconds: started.elapsed().as_secs_f64(),
+        read_back_seconds,
         outcome: committed.outcome,
     })
 }
@@ -301,13 +332,15 @@ fn refuse_another(out: &Path, plan: &Plan, config_json: &str) -> Result<(), Comp
     Ok(())
 }
 
-fn receipt(options: &PackOptions, plan: &Plan, started: Instant) -> Map<String, Value> {
+fn receipt(options: &PackOptions, plan: &Plan, started: Instant, read_back_seconds: Option<f64>) -> Map<String, Value> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut out = Map::new();
     out.insert("program".into(), concat!("dsv4c ", env!("CARGO_PKG_VERSION")).into());
     out.insert("checkpoint".into(), options.checkpoint.display().to_string().into());
+    out.insert("sha256_checked".into(), options.sha256.is_some().into());
     out.insert("source_bytes".into(), plan.checkpoint_bytes().into());
     out.insert("seconds".into(), started.elapsed().as_secs_f64().into());
+    out.insert("read_back_seconds".into(), read_back_seconds.into());
     out.insert("finished_unix_s".into(), now.into());
     out
 }

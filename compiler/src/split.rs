@@ -9,19 +9,23 @@
 
 use std::ops::Range;
 
-use dsv4_model::layout::{FP4_GROUP, Format, TILE};
+use dsv4_model::layout::{Format, MatrixLayout};
 use dsv4_model::{ModelError, TensorRow, Tp};
 
 /// What the elements of a stored tensor are, as far as they can be wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Values {
-    /// Any bits.
+    /// Any bits: FP4 codes have no NaN.
     Any,
+    /// Finite.
+    F32,
+    /// Finite.
+    Bf16,
     /// E4M3: no NaN.
     E4m3,
     /// UE8M0: no NaN.
     E8m0,
-    /// I64 expert numbers below this count, stored as I32.
+    /// I64 expert numbers below this count, different ones in a row; stored as I32.
     Experts(u64),
 }
 
@@ -103,52 +107,39 @@ pub fn cuts(row: &TensorRow, ranks: u32, experts: u64) -> Result<Vec<Cut>, Model
         let cols = row.partition.range(&row.name, in_dim, in_, tp)?;
         parts.push((rows, cols, row.matrix_layout(tp)?));
     }
-    // (divisor of rows, bytes of columns as stored here, values)
-    let bytes_of = |format: Format, cols: u64| match format {
-        Format::F32 | Format::I64 => cols * 4,
-        Format::Bf16 => cols * 2,
-        Format::Fp8 => cols,
-        Format::Fp4 => cols / 2,
-    };
     let values = match row.format {
         Format::Fp8 => Values::E4m3,
         Format::I64 => Values::Experts(experts),
-        Format::F32 | Format::Bf16 | Format::Fp4 => Values::Any,
+        Format::F32 => Values::F32,
+        Format::Bf16 => Values::Bf16,
+        Format::Fp4 => Values::Any,
     };
-    let share = |rows: &Range<u64>, bytes: Range<u64>, padding| Share { rows: rows.clone(), bytes, padding };
-    let has_scales = matches!(row.format, Format::Fp8 | Format::Fp4);
-    let codes = Cut {
-        rows: out,
-        row_bytes: if row.format == Format::I64 { in_ * 8 } else { bytes_of(row.format, in_) },
-        values,
-        shares: parts
-            .iter()
-            .map(|(rows, cols, layout)| {
-                let end = if has_scales { layout.scales_offset } else { layout.stride };
-                let bytes = bytes_of(row.format, cols.start)..bytes_of(row.format, cols.end);
-                share(rows, bytes, end - layout.codes_bytes)
-            })
-            .collect(),
+    // Where the part begins and ends: as many bytes or rows in as the layout of what lies before it has.
+    let before = |rows: u64, cols: u64| MatrixLayout::new(row.format, rows, cols);
+    let columns =
+        |of: fn(&MatrixLayout) -> u64, cols: &Range<u64>| of(&before(1, cols.start))..of(&before(1, cols.end));
+    let stored = row.stored(0);
+    let cut = |part: usize, values, shares| {
+        let (rows, bytes) = (stored[part].shape[0], stored[part].bytes);
+        Cut { rows, row_bytes: bytes / rows, values, shares }
     };
+    let has_scales = stored.len() > 1;
+    let codes = parts.iter().map(|(rows, cols, layout)| {
+        let end = if has_scales { layout.scales_offset } else { layout.stride };
+        Share { rows: rows.clone(), bytes: columns(|l| l.row_bytes, cols), padding: end - layout.codes_bytes }
+    });
+    let codes = cut(0, values, codes.collect());
     if !has_scales {
         return Ok(vec![codes]);
     }
-    let (row_step, col_step) = if row.format == Format::Fp8 { (TILE, TILE) } else { (1, FP4_GROUP) };
     // Starts fall on whole tiles (a unit is one or more); only the end of the tensor may not.
-    let blocks = |range: &Range<u64>, step: u64| range.start / step..range.end.div_ceil(step);
-    let scales = Cut {
-        rows: out.div_ceil(row_step),
-        row_bytes: in_.div_ceil(col_step),
-        values: Values::E8m0,
-        shares: parts
-            .iter()
-            .map(|(rows, cols, layout)| {
-                let padding = layout.stride - layout.scales_offset - layout.scales_bytes;
-                share(&blocks(rows, row_step), blocks(cols, col_step), padding)
-            })
-            .collect(),
-    };
-    Ok(vec![codes, scales])
+    let scale_rows = |rows: u64| before(rows, in_).scales_bytes / before(1, in_).scale_row_bytes;
+    let scales = parts.iter().map(|(rows, cols, layout)| Share {
+        rows: scale_rows(rows.start)..scale_rows(rows.end),
+        bytes: columns(|l| l.scale_row_bytes, cols),
+        padding: layout.stride - layout.scales_offset - layout.scales_bytes,
+    });
+    Ok(vec![codes, cut(1, Values::E8m0, scales.collect())])
 }
 
 impl Cut {
@@ -197,40 +188,80 @@ impl Cut {
         let first = first_row * self.row_bytes;
         match self.values {
             Values::Any => Ok(None),
-            Values::E4m3 => refuse(tile, first, "an E4M3 number", |code| code & 0x7f == 0x7f),
-            Values::E8m0 => refuse(tile, first, "a UE8M0 scale", |code| code == 0xff),
-            Values::Experts(count) => {
-                let mut out = Vec::with_capacity(tile.len() / 2);
-                for (i, bytes) in tile.as_chunks().0.iter().enumerate() {
-                    let id = i64::from_le_bytes(*bytes);
-                    let known = u64::try_from(id).is_ok_and(|id| id < count);
-                    let narrow = i32::try_from(id).ok().filter(|_| known).ok_or_else(|| BadValue {
-                        element: first / 8 + i as u64,
-                        found: id.to_string(),
-                        expected: format!("an expert number in 0..{count}"),
-                    })?;
-                    out.extend_from_slice(&narrow.to_le_bytes());
-                }
-                Ok(Some(out))
+            Values::F32 => {
+                let bits = |bytes: &[u8; 4]| u32::from_le_bytes(*bytes);
+                refuse(
+                    tile,
+                    first,
+                    "a finite number",
+                    |v| bits(v) & 0x7f80_0000 == 0x7f80_0000,
+                    |v| format!("{} (F32 {:#010x})", f32::from_bits(bits(v)), bits(v)),
+                )
             }
+            Values::Bf16 => {
+                let bits = |bytes: &[u8; 2]| u16::from_le_bytes(*bytes);
+                refuse(
+                    tile,
+                    first,
+                    "a finite number",
+                    |v| bits(v) & 0x7f80 == 0x7f80,
+                    |v| format!("{} (BF16 {:#06x})", f32::from_bits(u32::from(bits(v)) << 16), bits(v)),
+                )
+            }
+            Values::E4m3 => refuse(tile, first, "an E4M3 number", |[code]| code & 0x7f == 0x7f, nan),
+            Values::E8m0 => refuse(tile, first, "a UE8M0 scale", |[code]| *code == 0xff, nan),
+            Values::Experts(count) => narrowed(tile, first / 8, self.row_bytes as usize / 8, count).map(Some),
         }
     }
 }
 
-/// Refuses a tile with a code that `is_nan`. Counted per chunk first, which the compiler vectorises.
-fn refuse(tile: &[u8], first: u64, expected: &str, is_nan: impl Fn(u8) -> bool) -> Result<Option<Vec<u8>>, BadValue> {
+fn nan([code]: &[u8; 1]) -> String {
+    format!("NaN (code {code:#04x})")
+}
+
+/// Refuses a tile with a value of `N` bytes that `is_bad`; `first` is the tile's first byte in the
+/// tensor. Counted per chunk first, which the compiler vectorises.
+fn refuse<const N: usize>(
+    tile: &[u8],
+    first: u64,
+    expected: &str,
+    is_bad: impl Fn(&[u8; N]) -> bool,
+    shown: impl Fn(&[u8; N]) -> String,
+) -> Result<Option<Vec<u8>>, BadValue> {
     const CHUNK: usize = 4096;
-    for (n, chunk) in tile.chunks(CHUNK).enumerate() {
-        if chunk.iter().fold(false, |any, code| any | is_nan(*code)) {
-            let at = chunk.iter().position(|code| is_nan(*code)).unwrap_or(0);
+    for (n, chunk) in tile.as_chunks().0.chunks(CHUNK).enumerate() {
+        if chunk.iter().fold(false, |any, value| any | is_bad(value)) {
+            let at = chunk.iter().position(&is_bad).unwrap_or(0);
             return Err(BadValue {
-                element: first + (n * CHUNK + at) as u64,
-                found: format!("NaN (code {:#04x})", chunk[at]),
+                element: first / N as u64 + (n * CHUNK + at) as u64,
+                found: shown(&chunk[at]),
                 expected: expected.to_owned(),
             });
         }
     }
     Ok(None)
+}
+
+/// Rows of `per_row` I64 expert numbers below `count` as I32; `first` is the tile's first element in
+/// the tensor. A row names an expert once: its weight would otherwise count twice.
+fn narrowed(tile: &[u8], first: u64, per_row: usize, count: u64) -> Result<Vec<u8>, BadValue> {
+    let ids: Vec<i64> = tile.as_chunks().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect();
+    let mut out = Vec::with_capacity(tile.len() / 2);
+    for (n, row) in ids.chunks(per_row).enumerate() {
+        let at = first + (n * per_row) as u64;
+        for (i, id) in row.iter().enumerate() {
+            let bad = |found: String, expected: String| BadValue { element: at + i as u64, found, expected };
+            let known = u64::try_from(*id).is_ok_and(|id| id < count);
+            let narrow = i32::try_from(*id).ok().filter(|_| known);
+            let narrow = narrow.ok_or_else(|| bad(id.to_string(), format!("an expert number in 0..{count}")))?;
+            if row[..i].contains(id) {
+                let token = at / per_row as u64;
+                return Err(bad(format!("{id} again"), format!("different experts in row {token}")));
+            }
+            out.extend_from_slice(&narrow.to_le_bytes());
+        }
+    }
+    Ok(out)
 }
 
 #[cfg(test)]
@@ -246,12 +277,17 @@ mod tests {
     const TINY: &str = include_str!("../../tests/tiny/config.json");
     const DSPARK: &str = include_str!("../../tests/golden/dspark_config.json");
 
-    /// Bytes that differ from their neighbours and are no NaN; token tables get expert numbers.
+    /// Bytes that differ from their neighbours and are no NaN in any format; token tables get expert
+    /// numbers, different ones in a row.
     fn values(cut: &Cut, seed: u64) -> Vec<u8> {
         let bytes = cut.rows * cut.row_bytes;
         let mix = |i: u64| (i ^ seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
         match cut.values {
-            Values::Experts(count) => (0..bytes / 8).flat_map(|i| (mix(i) % count).to_le_bytes()).collect(),
+            Values::Experts(count) => {
+                let per_row = cut.row_bytes / 8;
+                let id = |i: u64| (mix(i / per_row) + i % per_row) % count;
+                (0..bytes / 8).flat_map(|i| id(i).to_le_bytes()).collect()
+            }
             _ => (0..bytes).map(|i| (mix(i) % 0x7f) as u8).collect(),
         }
     }
@@ -394,12 +430,44 @@ mod tests {
         *scales.last_mut().unwrap() = 0xff;
         assert_eq!(fp8[1].apply(0, &scales).unwrap_err().element, scales.len() as u64 - 1);
         let ids = cuts(find(Format::I64), 2, 8).unwrap();
+        let again = {
+            let table = values(&ids[0], 1);
+            i64::from_le_bytes(table[88..96].try_into().unwrap())
+        };
         for bad in [8i64, -1, i64::MAX, 1 << 32] {
             let mut table = values(&ids[0], 1);
             table[80..88].copy_from_slice(&bad.to_le_bytes());
             let rest = table.split_off(ids[0].row_bytes as usize * 2);
             let error = ids[0].apply(0, &table).err().or(ids[0].apply(2, &rest).err()).unwrap();
             assert_eq!((error.element, error.found), (10, bad.to_string()));
+        }
+        // Element 10 is the first of row 5; the repetition is its second.
+        let mut table = values(&ids[0], 1);
+        table[80..88].copy_from_slice(&again.to_le_bytes());
+        let rest = table.split_off(ids[0].row_bytes as usize * 2);
+        ids[0].apply(0, &table).unwrap();
+        let error = ids[0].apply(2, &rest).unwrap_err();
+        assert_eq!(
+            (error.element, error.found, error.expected.as_str()),
+            (11, format!("{again} again"), "different experts in row 5")
+        );
+        for (format, element, bad) in [
+            (Format::F32, 1000, f32::INFINITY.to_le_bytes().to_vec()),
+            (Format::F32, 0, 0xffc0_0001u32.to_le_bytes().to_vec()),
+            (Format::Bf16, 5001, 0x7f80u16.to_le_bytes().to_vec()),
+            (Format::Bf16, 4096, 0xff81u16.to_le_bytes().to_vec()),
+        ] {
+            let large = |r: &&TensorRow| r.format == format && r.shape.iter().product::<u64>() > 6000;
+            let cut = cuts(rows.iter().find(large).unwrap(), 2, 8).unwrap().remove(0);
+            let mut whole = values(&cut, 1);
+            cut.apply(0, &whole).unwrap();
+            whole[element * bad.len()..][..bad.len()].copy_from_slice(&bad);
+            // In the second of two tiles too.
+            let split = cut.row_bytes as usize * (element * bad.len() / cut.row_bytes as usize);
+            for (first_row, tile) in [(0, &whole[..]), (split as u64 / cut.row_bytes, &whole[split..])] {
+                let error = cut.apply(first_row, tile).unwrap_err();
+                assert_eq!((error.element, error.expected.as_str()), (element as u64, "a finite number"), "{error:?}");
+            }
         }
     }
 

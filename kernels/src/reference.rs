@@ -125,7 +125,7 @@ impl Reference {
         let new = |l: &LayerSpec| LayerState::new(&self.config, l, self.rows_max);
         let layers = dsv4_model::tensors::layers(&self.config).iter().map(new).collect();
         let draft = dsv4_model::tensors::draft_stages(&self.config).iter().map(new).collect();
-        self.slots[slot as usize] = Some(SequenceState { layers, draft });
+        self.slots[slot as usize] = Some(SequenceState { layers, length: 0, draft, draft_length: 0 });
         Ok(())
     }
 
@@ -142,7 +142,8 @@ impl Reference {
 
     /// Sets the step that the next operations work on; `source` are the streams a draft step continues.
     ///
-    /// Errors: slots that are not open, too many rows, rows, tokens or positions out of range.
+    /// Errors: slots that are not open or named twice, too many rows, a gap before a segment, rows, tokens or
+    /// positions out of range.
     pub fn begin(&mut self, step: Step, source: Option<&Streams>) -> Result<(), ReferenceError> {
         let context = self.config.max_position_embeddings;
         let mut rows = Vec::with_capacity(step.tokens.len());
@@ -153,6 +154,11 @@ impl Reference {
             require(s.rows as usize <= self.rows_max, || (most, s.rows.to_string()))?;
             let end = u64::from(s.start) + u64::from(s.rows);
             require(end <= context, || (format!("positions below {context}"), end.to_string()))?;
+            let twice = step.segments.iter().filter(|other| other.slot == s.slot).count() > 1;
+            require(!twice, || ("one segment per slot".into(), format!("slot {} twice", s.slot)))?;
+            let state = self.slots[s.slot as usize].as_ref();
+            let filled = state.map_or(0, |q| if source.is_some() { q.draft_length } else { q.length });
+            require(s.start as usize <= filled, || (format!("a start up to {filled}"), s.start.to_string()))?;
             rows.extend((s.start..s.start + s.rows).map(|p| (s.slot as usize, p as usize)));
         }
         let (count, tokens) = (rows.len(), step.tokens.len());
@@ -163,10 +169,18 @@ impl Reference {
         };
         below(&step.tokens, self.config.vocab_size, "token ids")?;
         below(&step.logits, count as u64, "wanted rows")?;
+        let ascending = step.logits.windows(2).all(|pair| pair[0] < pair[1]);
+        require(ascending, || ("wanted rows in ascending order".into(), format!("{:?}", step.logits)))?;
         if let Some(source) = source {
             let named = step.source.len();
             require(count == named, || (format!("a source for each of {count} rows"), named.to_string()))?;
             below(&step.source, source.0.rows as u64, "source rows")?;
+        }
+        for s in &step.segments {
+            if let Some(state) = self.slots[s.slot as usize].as_mut() {
+                let length = if source.is_some() { &mut state.draft_length } else { &mut state.length };
+                *length = (s.start + s.rows) as usize;
+            }
         }
         let turns = [0, 1].map(|i| rows.iter().map(|(_, p)| self.rope[i].at(*p as u32)).collect());
         self.current = Current { step, rows, turns };

@@ -4,8 +4,13 @@
 //! position; finished entries in growing lists. Nothing else remembers how far a sequence is, so
 //! going back (a rejected draft) is only a matter of writing the same positions again.
 
+mod size;
+
 use dsv4_model::ModelConfig;
 use dsv4_model::tensors::LayerSpec;
+
+pub use size::sequence_bytes;
+use size::{CompressedSize, LayerSize, RingSize};
 
 /// Rows of fixed width, addressed by position; the newest `capacity` positions are kept.
 pub struct Ring {
@@ -15,7 +20,7 @@ pub struct Ring {
 }
 
 impl Ring {
-    fn new(width: usize, capacity: usize) -> Ring {
+    fn new(RingSize { width, capacity }: RingSize) -> Ring {
         Ring { width, capacity, data: vec![0.0; width * capacity] }
     }
 
@@ -45,9 +50,9 @@ pub struct Compressed {
 }
 
 impl Compressed {
-    fn new(width: usize, halves: usize, capacity: usize) -> Compressed {
-        let ring = || Ring::new(width * halves, capacity);
-        Compressed { values: ring(), gates: ring(), entries: Vec::new(), width }
+    fn new(size: CompressedSize) -> Compressed {
+        let ring = || Ring::new(size.ring);
+        Compressed { values: ring(), gates: ring(), entries: Vec::new(), width: size.width }
     }
 
     /// Entry `index`.
@@ -69,16 +74,11 @@ pub struct LayerState {
 impl LayerState {
     /// Empty caches; `rows_max` is the most rows of one sequence in a step.
     pub fn new(config: &ModelConfig, layer: &LayerSpec, rows_max: usize) -> LayerState {
-        let window = config.sliding_window as usize;
-        // A step writes all its rows before it reads, and may go back over the last one's.
-        let kept = |visible: usize| visible + 2 * rows_max;
-        let ratio = layer.ratio as usize;
-        let halves = if ratio == 4 { 2 } else { 1 };
-        let open = kept(halves * ratio);
+        let size = LayerSize::new(config, layer, rows_max);
         LayerState {
-            window: Ring::new(config.head_dim as usize, kept(window)),
-            compressed: (ratio != 0).then(|| Compressed::new(config.head_dim as usize, halves, open)),
-            index: (ratio == 4).then(|| Compressed::new(config.index_head_dim as usize, halves, open)),
+            window: Ring::new(size.window),
+            compressed: size.compressed.map(Compressed::new),
+            index: size.index.map(Compressed::new),
         }
     }
 }
@@ -87,6 +87,10 @@ impl LayerState {
 pub struct SequenceState {
     /// One per trunk layer.
     pub layers: Vec<LayerState>,
+    /// Positions that trunk steps have filled.
+    pub length: usize,
     /// One per draft stage.
     pub draft: Vec<LayerState>,
+    /// Positions that draft steps have filled.
+    pub draft_length: usize,
 }

@@ -24,6 +24,20 @@ pub enum WeightsError {
         "tensor {tensor}: not in the loaded rank\n  help: the artifact was made for another model description; pack it again"
     )]
     Missing { tensor: String },
+    /// A token's experts are not distinct experts of the model.
+    #[error(
+        "tensor {tensor}: token {token} goes to experts {found:?}, expected distinct ones below {experts}\n  help: the artifact is damaged or was not made by dsv4c; pack it again"
+    )]
+    Experts {
+        /// Which table.
+        tensor: String,
+        /// Row of the table.
+        token: usize,
+        /// What it says.
+        found: Vec<i32>,
+        /// Experts there are.
+        experts: u64,
+    },
     /// A tensor has another size than the model description says.
     #[error(
         "tensor {tensor}: {found} bytes loaded, expected {expected}\n  help: the artifact was made for another model description; pack it again"
@@ -123,12 +137,27 @@ impl Weights {
             let layout = row.matrix_layout(tp)?;
             let id = row.id;
             weights.places.insert(id, Place { row, layout, rows, cols, bytes });
+            if id.kind == Kind::Tid2Eid {
+                weights.check_experts(id, config.n_routed_experts)?;
+            }
             if is_small(id.kind) {
                 let values = weights.widen(id);
                 weights.small.insert(id, values);
             }
         }
         Ok(weights)
+    }
+
+    fn check_experts(&self, id: TensorId, experts: u64) -> Result<(), WeightsError> {
+        for token in 0..self.place(id).rows {
+            let row = self.experts_of(id.block, token as u32);
+            let in_range = row.iter().all(|e| u64::try_from(*e).is_ok_and(|e| e < experts));
+            if !in_range || row.iter().enumerate().any(|(i, e)| row[..i].contains(e)) {
+                let tensor = self.place(id).row.name.clone();
+                return Err(WeightsError::Experts { tensor, token, found: row.to_vec(), experts });
+            }
+        }
+        Ok(())
     }
 
     fn widen(&self, id: TensorId) -> Vec<f32> {

@@ -6,9 +6,7 @@ use std::sync::Arc;
 use dsv4_model::{Draft, ModelConfig};
 use serde_json::{Value, json};
 
-use crate::chat::{
-    Completion, Effort, EncodeOptions, Event, Message, Piece, Profile, StreamParser, encode_pieces, parse,
-};
+use crate::chat::{Completion, Effort, EncodeOptions, Event, Message, Profile, StreamParser, encode_pieces, parse};
 use crate::error::RunError;
 use crate::generate::{Finish, Generated, Request, Stats, generate};
 use crate::sample::Sampling;
@@ -40,6 +38,8 @@ pub struct Prompt {
     pub text: String,
     /// As token ids.
     pub tokens: Vec<u32>,
+    /// The answer begins inside the reasoning.
+    pub thinking_open: bool,
 }
 
 /// A finished answer.
@@ -61,9 +61,21 @@ pub fn prompt(
 ) -> Result<Prompt, RunError> {
     let profile = if matches!(config.draft, Draft::DSpark { .. }) { Profile::V0731 } else { Profile::Preview };
     let encode = EncodeOptions { thinking: options.thinking, profile, effort: options.effort, drop_thinking: true };
-    let pieces = encode_pieces(messages, &encode)?;
-    let tokens = tokenizer.encode_pieces(&pieces)?;
-    Ok(Prompt { text: pieces.iter().map(Piece::as_str).collect(), tokens })
+    let encoded = encode_pieces(messages, &encode)?;
+    let tokens = tokenizer.encode_pieces(&encoded.pieces)?;
+    Ok(Prompt { text: encoded.text(), tokens, thinking_open: encoded.thinking_open })
+}
+
+/// Tokens that the answer may have. Errors: the prompt fills the context.
+pub fn room(config: &ModelConfig, prompt: &Prompt, options: &AnswerOptions) -> Result<usize, RunError> {
+    match options.context.checked_sub(prompt.tokens.len()) {
+        Some(room) if room > 0 => Ok(room),
+        _ => Err(RunError::Context {
+            tokens: prompt.tokens.len(),
+            context: options.context,
+            model: config.max_position_embeddings,
+        }),
+    }
 }
 
 /// Generates the answer to `prompt`; `on_event` sees its parts as they come and may stop it.
@@ -75,12 +87,7 @@ pub fn answer(
     on_event: &mut dyn FnMut(Event) -> ControlFlow<()>,
 ) -> Result<Answer, RunError> {
     let config = &session.opened.config;
-    let length = prompt.tokens.len();
-    let room = options.context.saturating_sub(length);
-    if room == 0 {
-        let model = config.max_position_embeddings;
-        return Err(RunError::Context { tokens: length + 1, context: options.context, model });
-    }
+    let room = room(config, prompt, options)?;
     let eos = config.eos_token_id as u32;
     let request = Request {
         prompt: &prompt.tokens,
@@ -92,7 +99,7 @@ pub fn answer(
     };
     // Special tokens stay: some vocabularies mark the tags that the parser reads as special.
     let mut stream = tokenizer.stream(false);
-    let mut parser = StreamParser::new(options.thinking);
+    let mut parser = StreamParser::new(prompt.thinking_open);
     let mut feed = |events: Vec<Event>| events.into_iter().try_for_each(&mut *on_event);
     let generated = generate(&mut session.engine, &request, &mut |token| {
         let text = if token == eos { None } else { stream.push(token) };
@@ -104,7 +111,7 @@ pub fn answer(
     }
     let shown = generated.tokens.strip_suffix(&[eos]).unwrap_or(&generated.tokens);
     let text = tokenizer.decode(shown, false);
-    let message = parse(&text, options.thinking);
+    let message = parse(&text, prompt.thinking_open);
     Ok(Answer { generated, text, message })
 }
 

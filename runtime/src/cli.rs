@@ -10,8 +10,8 @@ use dsv4_kernels::numerics::Numerics;
 #[derive(Parser, Debug)]
 #[command(name = "dsv4-run", version, about)]
 pub struct Cli {
-    /// The artifact directory (NAME.dsv4)
-    pub artifact: PathBuf,
+    /// The artifact directory (NAME.dsv4); every command but doctor needs it
+    pub artifact: Option<PathBuf>,
     #[command(subcommand)]
     pub verb: Verb,
 }
@@ -24,9 +24,12 @@ pub enum Verb {
     Chat(ChatArgs),
     /// Writes the logits of given tokens
     Logits(LogitsArgs),
-    /// One more rank on this machine; started by rank 0
-    #[command(hide = true)]
-    Rank(RankArgs),
+    /// Says whether the artifact would run here: memory, files, disk, machine; loads nothing
+    Check(CheckArgs),
+    /// Says what is wrong with this machine; needs no artifact
+    Doctor(DoctorArgs),
+    /// Serves rank 0 as another rank, with --rank and --peers
+    Worker(WorkerArgs),
 }
 
 #[derive(Args, Debug)]
@@ -46,6 +49,10 @@ pub struct Common {
     /// Most tokens of prompt and answer [default: what the model allows]
     #[arg(long)]
     pub max_context: Option<usize>,
+    /// Bytes of memory to leave to others, with an optional K, M or G; 0 starts without looking at memory
+    /// [default: 6G on a GB10, else 5 % of the machine, at least 256M, at most 6G]
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub reserve: Option<u64>,
     /// This process's rank, with --peers
     #[arg(long, requires = "peers")]
     pub rank: Option<u32>,
@@ -91,7 +98,7 @@ pub enum EffortArg {
 
 #[derive(Args, Debug)]
 pub struct AnswerArgs {
-    /// Let the model reason before it answers
+    /// Let the model reason before it answers; the reasoning goes to standard error
     #[arg(long)]
     pub thinking: bool,
     /// How hard to think, with --thinking
@@ -115,9 +122,10 @@ pub struct AnswerArgs {
 }
 
 #[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("input").args(["prompt", "messages"]).required(true))]
 pub struct GenerateArgs {
     /// One user message
-    #[arg(long, conflicts_with = "messages", required_unless_present = "messages")]
+    #[arg(long)]
     pub prompt: Option<String>,
     /// JSON file: a list of messages in OpenAI form, or an object with "messages" and "tools"
     #[arg(long)]
@@ -161,13 +169,46 @@ pub struct LogitsArgs {
 }
 
 #[derive(Args, Debug)]
-pub struct RankArgs {
+pub struct CheckArgs {
+    /// Sequences at once
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_seqs: u32,
+    /// Print one JSON object with everything
+    #[arg(long)]
+    pub json: bool,
     #[command(flatten)]
     pub common: Common,
+}
+
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    /// Print one JSON object with everything
     #[arg(long)]
-    pub local_rank: u32,
-    #[arg(long)]
-    pub local_leader: SocketAddr,
+    pub json: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct WorkerArgs {
+    #[command(flatten)]
+    pub common: Common,
+    /// Given by rank 0 to the ranks it starts itself
+    #[arg(long, hide = true, requires = "local_leader")]
+    pub local_rank: Option<u32>,
+    #[arg(long, hide = true, requires = "local_rank")]
+    pub local_leader: Option<SocketAddr>,
+}
+
+fn bytes(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K') => (&text[..text.len() - 1], 10),
+        Some(b'M') => (&text[..text.len() - 1], 20),
+        Some(b'G') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let number: Option<u64> = digits.parse().ok();
+    number
+        .and_then(|n| n.checked_mul(1 << shift))
+        .ok_or_else(|| "expected a number of bytes, such as 512M or 2G".into())
 }
 
 fn temperature(text: &str) -> Result<f32, String> {

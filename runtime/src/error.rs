@@ -39,20 +39,35 @@ pub enum RunError {
     )]
     NoTokenizer { artifact: PathBuf, verb: &'static str },
     /// Drafts were asked of a model that cannot make them.
-    #[error("--draft {asked}: {reason}\n  help: leave --draft out")]
-    NoDraft { asked: usize, reason: String },
+    #[error("{flag}: {reason}\n  help: leave {flag} out")]
+    NoDraft { flag: &'static str, reason: &'static str },
     /// A tokenizer or generation_config that cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A file with a conversation that cannot be read as one.
+    #[error("{file}: {source}")]
+    Conversation { file: PathBuf, source: ChatError },
     /// A conversation that cannot be encoded.
     #[error(transparent)]
     Chat(#[from] ChatError),
     /// An input file with the wrong content.
     #[error("{file}: expected {expected}, found {found}\n  help: {help}")]
     Input { file: PathBuf, expected: String, found: String, help: &'static str },
+    /// The model computed something that is no number.
+    #[error(
+        "logit of token {token} for position {position}: expected a finite number, found {found}\n  help: run `dsv4c verify`; if the artifact is as packed, the checkpoint's weights are damaged"
+    )]
+    NotFinite {
+        /// Position the token would have.
+        position: usize,
+        /// First such token.
+        token: usize,
+        /// Its logit.
+        found: f32,
+    },
     /// More tokens than the model's or the command's context.
     #[error(
-        "{tokens} tokens do not fit into a context of {context}\n  help: shorten the prompt, or raise --max-context up to the model's {model}"
+        "{tokens} tokens leave no room in a context of {context}\n  help: shorten the prompt, or raise --max-context up to the model's {model}"
     )]
     Context { tokens: usize, context: usize, model: u64 },
     /// Reading or writing a file of the user's.
@@ -67,6 +82,30 @@ pub enum RunError {
     /// A command of rank 0 that cannot be read.
     #[error("command from rank 0: {0}\n  help: all ranks must run the same version of dsv4-run")]
     Command(#[from] WireError),
+    /// Weights and caches do not fit into this machine's memory.
+    #[error("not enough memory: {needed} needed, {usable} usable\n{table}  help: {help}")]
+    DoesNotFit {
+        /// All ranks here and the reserve.
+        needed: String,
+        /// What there is.
+        usable: String,
+        /// The arithmetic, lines of text.
+        table: String,
+        /// What would fit.
+        help: String,
+    },
+    /// Preflight found what refuses a start.
+    #[error("{place}: refused by {refusals}\n  help: {help}")]
+    Preflight {
+        /// The artifact, or the machine.
+        place: String,
+        /// Names of the findings.
+        refusals: String,
+        /// What to do about the first.
+        help: String,
+        /// 3 for files, 4 for memory and the machine.
+        code: u8,
+    },
     /// The GPU backend was asked for.
     #[error("--backend cuda: this version computes on the CPU only\n  help: leave --backend out, or use --backend cpu")]
     NoCuda,
@@ -85,7 +124,16 @@ impl RunError {
     pub fn exit_code(&self) -> u8 {
         match self {
             RunError::Usage(_) => 2,
-            RunError::Format(FormatError::Memory { .. }) | RunError::Threads { .. } | RunError::NoCuda => 4,
+            RunError::Preflight { code, .. } => *code,
+            RunError::Format(FormatError::Memory { .. } | FormatError::Thread { .. })
+            | RunError::Threads { .. }
+            | RunError::NoCuda
+            | RunError::DoesNotFit { .. } => 4,
+            // A local rank that could not start says why; its reason is the group's.
+            RunError::Peer(PeerError::Child { code, .. }) => match code {
+                Some(code @ 3..=4) => *code as u8,
+                _ => 5,
+            },
             RunError::Peer(_) | RunError::Backend(_) | RunError::Command(_) => 5,
             _ => 3,
         }

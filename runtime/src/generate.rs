@@ -10,6 +10,9 @@ use crate::error::RunError;
 use crate::sample::Sampling;
 use crate::step::{Command, Engine, Source};
 
+/// Most drafts per step.
+pub const DRAFT_MAX: usize = 16;
+
 /// What to generate.
 pub struct Request<'a> {
     /// Prompt token ids, at least one.
@@ -71,19 +74,26 @@ fn step(tokens: Vec<u32>, start: usize, logits: Vec<u32>, source: Vec<u32>) -> S
     Step { tokens, segments: vec![Segment { slot: SLOT, start: start as u32, rows }], logits, source }
 }
 
-/// Runs the tokens of a whole sequence through the trunk in chunks, calling `each(first row, logits)` after
-/// each; with `draft`, also the draft block over the rows whose next token is known.
+/// Whose logits a prefill step gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The trunk's: row p is about token p + 1.
+    Trunk = 0,
+    /// The draft block's: row p is about token p + 2.
+    Draft = 1,
+}
+
+/// Runs the tokens of a whole sequence through the trunk in chunks; with `draft`, also the draft block over
+/// the rows whose next token is known.
 ///
-/// `each_draft` gets the draft block's logits for its rows when `want_all`; with `want_all` every row's
-/// logits are computed, else those of the last row.
+/// `each` gets (whose, first row, logits): of every row with `want_all`, else of the trunk's last row.
 pub fn prefill(
     engine: &mut Engine,
     tokens: &[u32],
     chunk: usize,
     want_all: bool,
     draft: bool,
-    each: &mut dyn FnMut(usize, Mat),
-    each_draft: &mut dyn FnMut(usize, Mat),
+    each: &mut dyn FnMut(Part, usize, Mat) -> Result<(), RunError>,
 ) -> Result<(), RunError> {
     engine.run(Command::Open(SLOT))?;
     for (index, part) in tokens.chunks(chunk).enumerate() {
@@ -97,15 +107,14 @@ pub fn prefill(
         let wanted = !logits.is_empty();
         let out = engine.run(Command::Trunk(step(part.to_vec(), start, logits, vec![])))?;
         if wanted {
-            each(start, out);
+            each(Part::Trunk, start, out)?;
         }
         // The last row of the last chunk waits for the token that is chosen next.
-        let known = if end < tokens.len() {
-            part.len()
-        } else if want_all {
-            part.len() - 1
-        } else {
-            0
+        let last = end == tokens.len();
+        let known = match (last, want_all) {
+            (false, _) => part.len(),
+            (true, true) => part.len() - 1,
+            (true, false) => 0,
         };
         if draft && known > 0 {
             let next = tokens[start + 1..start + 1 + known].to_vec();
@@ -113,7 +122,7 @@ pub fn prefill(
             let logits = if want_all { source.clone() } else { vec![] };
             let out = engine.run(Command::Draft(step(next, start, logits, source), Source::Trunk))?;
             if want_all {
-                each_draft(start, out);
+                each(Part::Draft, start, out)?;
             }
         }
     }
@@ -132,9 +141,18 @@ pub fn generate(
     let prompt = request.prompt;
     let drafting = request.draft > 0;
     let mut last = Mat::default();
-    prefill(engine, prompt, request.chunk, false, drafting, &mut |_, logits| last = logits, &mut |_, _| ())?;
-    let choose = |logits: &Mat, row: usize, position: usize| request.sampling.choose(logits.row(row), position as u32);
-    let mut next = choose(&last, 0, prompt.len());
+    prefill(engine, prompt, request.chunk, false, drafting, &mut |_, _, logits| {
+        last = logits;
+        Ok(())
+    })?;
+    let choose = |logits: &Mat, row: usize, position: usize| -> Result<u32, RunError> {
+        let logits = logits.row(row);
+        match logits.iter().position(|l| !l.is_finite()) {
+            None => Ok(request.sampling.choose(logits, position as u32)),
+            Some(token) => Err(RunError::NotFinite { position, token, found: logits[token] }),
+        }
+    };
+    let mut next = choose(&last, 0, prompt.len())?;
     let mut stats = Stats { prefill_ms: started.elapsed().as_secs_f64() * 1e3, ..Stats::default() };
     let decoding = Instant::now();
 
@@ -169,7 +187,7 @@ pub fn generate(
         stats.draft_tokens += drafts.len();
         let mut accepted = 0;
         loop {
-            next = choose(&logits, accepted, length + accepted + 1);
+            next = choose(&logits, accepted, length + accepted + 1)?;
             if drafts.get(accepted) != Some(&next) {
                 break;
             }
@@ -204,7 +222,7 @@ fn draft(
     start: usize,
     wanted: usize,
     request: &Request<'_>,
-    choose: &dyn Fn(&Mat, usize, usize) -> u32,
+    choose: &dyn Fn(&Mat, usize, usize) -> Result<u32, RunError>,
 ) -> Result<Vec<u32>, RunError> {
     let rows = following.len();
     let source: Vec<u32> = (0..rows as u32).collect();
@@ -215,7 +233,7 @@ fn draft(
     let mut position = start + rows - 1;
     let mut last_row = rows as u32 - 1;
     while drafts.len() < wanted {
-        let token = choose(&out, 0, position + 2);
+        let token = choose(&out, 0, position + 2)?;
         drafts.push(token);
         if token == request.eos || drafts.len() == wanted {
             break;

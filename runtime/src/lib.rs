@@ -1,6 +1,6 @@
 //! `dsv4-run`: loads an artifact and runs it.
 //!
-//! The way through: [`load`] opens an artifact and reads a rank, [`session`] brings all ranks to life,
+//! The way through: [`load`] opens an artifact and reads a rank, [`preflight`] says whether it will fit, [`session`] brings all ranks to life,
 //! [`step`] runs one forward pass on all of them, [`generate`] makes tokens out of steps, [`answer`] text
 //! out of tokens, [`verbs`] a command out of all that.
 
@@ -10,10 +10,13 @@ pub mod cli;
 pub mod error;
 pub mod generate;
 pub mod load;
+pub mod preflight;
 pub mod progress;
 pub mod ranks;
 pub mod sample;
 pub mod session;
 pub mod step;
+pub mod tensor_file;
+pub mod terminal;
 pub mod tokenizer;
 pub mod verbs;

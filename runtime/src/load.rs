@@ -1,10 +1,9 @@
 //! From an artifact to a rank that can run: contracts, exact cover, weights in memory.
 
-use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
-use dsv4_format::{Arena, Artifact, Progress};
+use dsv4_format::{Arena, Artifact, Progress, Section};
 use dsv4_kernels::collective::Collective;
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::reference::Reference;
@@ -43,25 +42,25 @@ pub fn open(path: &Path) -> Result<Opened, RunError> {
     let config = ModelConfig::parse(&manifest.config_json)?;
     for rank in &manifest.ranks {
         let tp = Tp::new(rank.rank, manifest.tp)?;
-        let mut expected = BTreeSet::new();
+        let mut expected = Vec::new();
         for section in sections(&config, tp)? {
             for row in section.rows {
-                expected.insert((section.name.clone(), row.name.clone(), row.artifact_bytes(tp)?));
+                let (shape, bytes) = (row.local_shape(tp)?, row.artifact_bytes(tp)?);
+                expected.push(format!("{}: {} {} {shape:?}, {bytes} bytes", section.name, row.name, row.format.name()));
             }
         }
-        let stored =
-            rank.sections.iter().flat_map(|s| s.tensors.iter().map(|t| (s.name.clone(), t.name.clone(), t.len)));
-        let found: BTreeSet<(String, String, u64)> = stored.collect();
-        if let Some((section, name, bytes)) = expected.symmetric_difference(&found).next() {
-            let missing = expected.contains(&(section.clone(), name.clone(), *bytes));
+        let describe = |s: &Section| -> Vec<String> {
+            let tensors = s.tensors.iter();
+            tensors.map(|t| format!("{}: {} {} {:?}, {} bytes", s.name, t.name, t.dtype, t.shape, t.len)).collect()
+        };
+        let found: Vec<String> = rank.sections.iter().flat_map(describe).collect();
+        let differs = (0..expected.len().max(found.len())).find(|i| expected.get(*i) != found.get(*i));
+        if let Some(i) = differs {
+            let shown = |list: &[String]| list.get(i).cloned().unwrap_or("no more tensors".into());
             return Err(RunError::Input {
                 file: path.join("MANIFEST"),
-                expected: "exactly the model's tensors".into(),
-                found: format!(
-                    "tensor {name} of {bytes} bytes in section {section} {} in rank {}",
-                    if missing { "missing" } else { "not of the model" },
-                    rank.rank
-                ),
+                expected: format!("tensor {i} of rank {} to be {}", rank.rank, shown(&expected)),
+                found: shown(&found),
                 help: "pack the checkpoint again",
             });
         }

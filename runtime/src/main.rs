@@ -8,7 +8,7 @@ fn main() -> ExitCode {
     match dsv4_run::verbs::run(dsv4_run::cli::Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            dsv4_run::terminal::tell(&format!("error: {error}\n"));
             ExitCode::from(error.exit_code())
         }
     }

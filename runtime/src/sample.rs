@@ -69,8 +69,8 @@ pub fn argmax(values: &[f32]) -> u32 {
 /// Standard Gumbel noise, a pure function of its arguments.
 fn gumbel(seed: u64, position: u32, token: u32) -> f64 {
     let key = mix(seed ^ mix((u64::from(position) << 32) | u64::from(token)));
-    // 53 random bits, centred so that neither logarithm meets 0 or 1.
-    let uniform = ((key >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
+    // 52 random bits, centred so that neither logarithm meets 0 or 1.
+    let uniform = ((key >> 12) as f64 + 0.5) / (1u64 << 52) as f64;
     -libm::log(-libm::log(uniform))
 }
 
@@ -111,6 +111,14 @@ mod tests {
         let cold = Sampling { temperature: 0.01, top_p: 1.0, seed: 3 };
         assert!((0..100).all(|p| cold.choose(&logits, p) == 1));
         assert_eq!(Sampling::GREEDY.choose(&[2.0, 5.0, 5.0], 0), 1);
+    }
+
+    #[test]
+    fn noise_stays_within_the_bounds_that_candidates_are_cut_by() {
+        let noise: Vec<f64> = (0..100_000).map(|token| gumbel(1, 2, token)).collect();
+        assert!(noise.iter().all(|g| (-4.0..38.0).contains(g)));
+        let mean = noise.iter().sum::<f64>() / noise.len() as f64;
+        assert!((mean - 0.5772).abs() < 0.02, "{mean}");
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! Ranks brought to life: found or started, compared, loaded, ready for commands.
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,7 +10,8 @@ use dsv4_kernels::collective::{Alone, Collective};
 use dsv4_kernels::numerics::Numerics;
 
 use crate::error::RunError;
-use crate::load::{Opened, RankOptions, open};
+use crate::generate::DRAFT_MAX;
+use crate::load::{Opened, RankOptions};
 use crate::ranks::{self, Control, ControlReceiver, Deadlines, Facts, LocalRanks, Mesh, Token};
 use crate::step::{Engine, Rank};
 
@@ -63,18 +63,21 @@ pub enum Started {
     Worker(Box<Rank>, ControlReceiver),
 }
 
-/// Opens the artifact, connects the ranks and loads this one's weights.
+/// Connects the ranks of an opened artifact and loads this one's weights.
 ///
-/// The ranks compare artifact and settings before a weight byte is read. Errors: the artifact, a peer that
+/// The ranks compare artifact and settings before a weight byte is read. Errors: a rank file, a peer that
 /// differs or does not come, memory.
-pub fn start(settings: &Settings, progress: &dyn Progress) -> Result<Started, RunError> {
-    let opened = open(&settings.artifact)?;
+pub fn start(opened: Opened, settings: &Settings, progress: &dyn Progress) -> Result<Started, RunError> {
     let tp = opened.artifact.manifest().tp;
     let facts = facts(&opened, settings);
     let mut locals = None;
     let (mesh, local_ranks) = match &settings.places {
         Places::Local if tp == 1 => (None, 1),
         Places::Local => {
+            // A file that is missing or cut is known now, and told as what it is.
+            for rank in 0..tp {
+                opened.artifact.rank_reader(rank)?;
+            }
             let exe = std::env::current_exe().map_err(|source| RunError::Io {
                 action: "finding",
                 file: PathBuf::from("dsv4-run"),
@@ -92,12 +95,9 @@ pub fn start(settings: &Settings, progress: &dyn Progress) -> Result<Started, Ru
             (Some(seat.connect(facts, Deadlines::default())?), tp)
         }
         Places::Peers { rank, peers, within } => {
-            if peers.len() != tp as usize {
-                let count = peers.len();
-                return Err(RunError::Usage(format!(
-                    "--peers lists {count} ranks, the artifact was packed for {tp}\n  help: give --peers {tp} addresses, rank 0 first"
-                )));
-            }
+            check_peers(*rank, peers, tp)?;
+            // This rank's own file, before others wait for it.
+            opened.artifact.rank_reader(*rank)?;
             // The same for everybody: the link between machines is private, and what must be equal is a fact,
             // so that a difference is told with both values.
             let token = Token::new([0; 32]);
@@ -125,8 +125,28 @@ pub fn start(settings: &Settings, progress: &dyn Progress) -> Result<Started, Ru
     Ok(Started::Leader(Box::new(Session { opened, engine: Engine::new(rank, sender), locals })))
 }
 
+fn check_peers(rank: u32, peers: &[String], tp: u32) -> Result<(), RunError> {
+    let usage = |what: String, help: String| Err(RunError::Usage(format!("{what}\n  help: {help}")));
+    if peers.len() != tp as usize {
+        let what = format!("--peers lists {} ranks, the artifact was packed for {tp}", peers.len());
+        return usage(what, format!("give --peers {tp} addresses, rank 0 first"));
+    }
+    if rank >= tp {
+        return usage(format!("--rank {rank}: expected a rank below {tp}"), "ranks are counted from 0".into());
+    }
+    let port = |peer: &&String| peer.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    match peers.iter().find(|p| !port(p)) {
+        Some(peer) => {
+            usage(format!("--peers: {peer}: expected HOST:PORT"), "name the port that rank listens on".into())
+        }
+        None => Ok(()),
+    }
+}
+
 fn options(settings: &Settings) -> RankOptions {
-    RankOptions { numerics: settings.numerics, slots: 1, rows_max: settings.chunk, threads: settings.threads }
+    // A step verifies up to DRAFT_MAX drafts behind a decided token, however small the chunks are.
+    let rows_max = settings.chunk.max(1 + DRAFT_MAX);
+    RankOptions { numerics: settings.numerics, slots: 1, rows_max, threads: settings.threads }
 }
 
 /// What must be equal on all ranks.
@@ -150,7 +170,7 @@ fn child_arguments(settings: &Settings, tp: u32) -> Vec<OsString> {
     let mut arguments = vec![settings.artifact.clone().into_os_string()];
     let threads = (settings.threads / tp as usize).max(1).to_string();
     let chunk = settings.chunk.to_string();
-    let flags = ["rank", "--quiet", "--numerics", settings.numerics.name(), "--chunk", &chunk, "--threads", &threads];
+    let flags = ["worker", "--quiet", "--numerics", settings.numerics.name(), "--chunk", &chunk, "--threads", &threads];
     arguments.extend(flags.iter().map(OsString::from));
     arguments
 }
@@ -179,6 +199,12 @@ impl Session {
         explain(&mut self.locals, error)
     }
 
+    /// Looks, without waiting, whether all ranks are still there; for while nothing is computed.
+    pub fn check(&mut self) -> Result<(), RunError> {
+        self.locals.as_mut().map_or(Ok(()), LocalRanks::check)?;
+        self.engine.check()
+    }
+
     /// Ends all ranks in order.
     pub fn close(self) -> Result<(), RunError> {
         self.engine.close()?;
@@ -205,11 +231,4 @@ pub fn read_input(file: &Path, limit: u64) -> Result<Vec<u8>, RunError> {
         });
     }
     Ok(bytes)
-}
-
-/// Writes text to standard output at once. A closed pipe is the reader's wish to stop, not an error.
-pub fn print_now(text: &str) -> std::io::Result<()> {
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    out.flush()
 }

@@ -124,9 +124,9 @@ impl Rank {
             Command::Draft(step, source) => {
                 let wanted = !step.logits.is_empty();
                 let from = if source == Source::Trunk { &self.trunk } else { &self.draft };
-                let from = from.as_ref().ok_or_else(|| ReferenceError::Step {
-                    expected: "a draft step after the step it continues".into(),
-                    found: "none before it".into(),
+                let from = from.as_ref().filter(|_| self.model.has_mtp()).ok_or_else(|| ReferenceError::Step {
+                    expected: "a draft step of a model that drafts, after the step it continues".into(),
+                    found: "none of these".into(),
                 })?;
                 self.backend.begin(step, Some(from))?;
                 let streams = self.model.mtp(&mut self.backend, from)?;
@@ -171,6 +171,11 @@ impl Engine {
             control.send_control(&command.encode())?;
         }
         self.rank.run(command)
+    }
+
+    /// Looks, without waiting, whether every worker is still there.
+    pub fn check(&self) -> Result<(), RunError> {
+        Ok(self.control.as_ref().map_or(Ok(()), ControlSender::check)?)
     }
 
     /// Ends the workers in order.

@@ -1,26 +1,28 @@
 //! What each verb does.
 
-use std::collections::BTreeMap;
-use std::io::{BufRead, IsTerminal, Write};
-use std::ops::ControlFlow;
-use std::path::Path;
+use std::io::{BufRead, IsTerminal};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use dsv4_kernels::ops::Mat;
 use dsv4_model::Draft;
-use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 
-use crate::answer::{Answer, AnswerOptions, answer, prompt, stats_json, tokens_per_second};
-use crate::chat::{Effort, Event, Message, Role, merge_tools, parse_messages};
-use crate::cli::{AnswerArgs, Backend, ChatArgs, Cli, Common, EffortArg, GenerateArgs, LogitsArgs, Verb};
+use crate::answer::{Answer, AnswerOptions, answer, prompt, room, stats_json, tokens_per_second};
+use crate::chat::{Effort, Message, Role, merge_tools, parse_messages};
+use crate::cli::{AnswerArgs, Backend, ChatArgs, Cli, Common, EffortArg, GenerateArgs, LogitsArgs, Verb, WorkerArgs};
 use crate::error::RunError;
-use crate::generate::prefill;
+use crate::generate::{Part, prefill};
+use crate::load::{Opened, open};
+use crate::preflight::command::{admit_start, run_check, run_doctor};
 use crate::progress::Bar;
 use crate::sample::Sampling;
-use crate::session::{Places, Session, Settings, Started, print_now, read_input, start};
+use crate::session::{Places, Session, Settings, Started, read_input, start};
 use crate::step::Command;
+use crate::tensor_file::TensorFile;
+use crate::terminal::{Printer, print_now, tell};
 use crate::tokenizer::Tokenizer;
 
 /// Longest JSON file that is read: messages, tools, token ids.
@@ -28,32 +30,25 @@ const INPUT_BYTES_MAX: u64 = 256 << 20;
 
 /// Runs the command line.
 pub fn run(cli: Cli) -> Result<(), RunError> {
-    match cli.verb {
-        Verb::Generate(args) => generate(&cli.artifact, &args),
-        Verb::Chat(args) => chat(&cli.artifact, &args),
-        Verb::Logits(args) => logits(&cli.artifact, &args),
-        Verb::Rank(args) => {
-            let places = Places::Child { rank: args.local_rank, leader: args.local_leader };
-            match begin(&cli.artifact, &args.common, Some(places))? {
-                Some(session) => session.close(),
-                None => Ok(()),
-            }
-        }
+    let artifact = || {
+        cli.artifact.as_deref().ok_or_else(|| {
+            let help = "name it before the command: dsv4-run NAME.dsv4 generate --prompt TEXT";
+            RunError::Usage(format!("ARTIFACT is missing\n  help: {help}"))
+        })
+    };
+    match &cli.verb {
+        Verb::Generate(args) => generate(artifact()?, args),
+        Verb::Chat(args) => chat(artifact()?, args),
+        Verb::Logits(args) => logits(artifact()?, args),
+        Verb::Check(args) => run_check(artifact()?, args),
+        Verb::Doctor(args) => run_doctor(args),
+        Verb::Worker(args) => worker(artifact()?, args),
     }
 }
 
 /// Starts the ranks. `None` after this process has served as a rank other than 0.
-fn begin(artifact: &Path, common: &Common, places: Option<Places>) -> Result<Option<Box<Session>>, RunError> {
-    if common.backend == Backend::Cuda {
-        return Err(RunError::NoCuda);
-    }
+fn begin(opened: Opened, artifact: &Path, common: &Common, places: Places) -> Result<Option<Box<Session>>, RunError> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let places = places.unwrap_or_else(|| match common.rank {
-        None => Places::Local,
-        Some(rank) => {
-            Places::Peers { rank, peers: common.peers.clone(), within: Duration::from_secs(common.peer_timeout) }
-        }
-    });
     let settings = Settings {
         artifact: artifact.to_owned(),
         numerics: common.numerics.into(),
@@ -61,20 +56,68 @@ fn begin(artifact: &Path, common: &Common, places: Option<Places>) -> Result<Opt
         threads: common.threads.map_or(cores, usize::from),
         places,
     };
-    match start(&settings, &Bar::new(common.quiet))? {
+    if let (Places::Peers { rank, peers, .. }, false) = (&settings.places, common.quiet) {
+        tell(&format!("rank {rank} of {}: waiting for the others, up to {} s\n", peers.len(), common.peer_timeout));
+    }
+    match start(opened, &settings, &Bar::new(common.quiet))? {
         Started::Leader(session) => Ok(Some(session)),
-        Started::Worker(rank, control) => rank.work(control).map(|()| None),
+        Started::Worker(rank, control) => {
+            if !common.quiet {
+                tell("loaded; serving rank 0\n");
+            }
+            rank.work(control).map(|()| None)
+        }
     }
 }
 
-/// Runs `f` on rank 0, then ends all ranks; an error of a rank that ended says more than a lost connection.
-fn with_session(
+/// Where `common`'s options say that the ranks are.
+fn places(common: &Common) -> Places {
+    match common.rank {
+        None => Places::Local,
+        Some(rank) => {
+            Places::Peers { rank, peers: common.peers.clone(), within: Duration::from_secs(common.peer_timeout) }
+        }
+    }
+}
+
+fn worker(artifact: &Path, args: &WorkerArgs) -> Result<(), RunError> {
+    let places = match (args.local_rank, args.local_leader, args.common.rank) {
+        (Some(rank), Some(leader), _) => Places::Child { rank, leader },
+        (_, _, Some(1..)) => places(&args.common),
+        _ => {
+            let what = "worker: expected --rank R (1 or more) and --peers with every rank's address";
+            return Err(RunError::Usage(format!("{what}\n  help: rank 0 runs generate, chat or logits")));
+        }
+    };
+    begin(open(artifact)?, artifact, &args.common, places).map(|_| ())
+}
+
+/// Opens the artifact, lets `prepare` refuse what cannot be done, and only then loads weights: runs `f` on
+/// rank 0 and ends all ranks. An error of a rank that ended says more than a lost connection.
+fn with_session<T>(
     artifact: &Path,
     common: &Common,
-    f: impl FnOnce(&mut Session) -> Result<(), RunError>,
+    prepare: impl FnOnce(&Opened) -> Result<T, RunError>,
+    f: impl FnOnce(&mut Session, T) -> Result<(), RunError>,
 ) -> Result<(), RunError> {
-    let Some(mut session) = begin(artifact, common, None)? else { return Ok(()) };
-    match f(&mut session) {
+    if common.backend == Backend::Cuda {
+        return Err(RunError::NoCuda);
+    }
+    let opened = open(artifact)?;
+    let places = places(common);
+    // The other ranks only serve rank 0; what it will ask of them is its business.
+    let prepared = if common.rank.unwrap_or(0) == 0 {
+        Some(prepare(&opened)?)
+    } else {
+        // How long the sequences will be is not known here: the weights must fit at least.
+        let tokens = if common.max_context.is_some() { context(&opened, common)? } else { 1 };
+        admit_start(&opened, common, tokens, false)?;
+        None
+    };
+    let (Some(mut session), Some(prepared)) = (begin(opened, artifact, common, places)?, prepared) else {
+        return Ok(());
+    };
+    match f(&mut session, prepared) {
         Ok(()) => session.close(),
         Err(error) if error.loses_ranks() => Err(session.explain(error)),
         Err(error) => {
@@ -85,20 +128,30 @@ fn with_session(
     }
 }
 
-fn tokenizer(session: &Session, verb: &'static str) -> Result<Arc<Tokenizer>, RunError> {
-    let artifact = session.opened.artifact.path().to_owned();
-    let json = session.opened.artifact.meta("tokenizer.json")?;
+fn tokenizer(opened: &Opened, verb: &'static str) -> Result<Arc<Tokenizer>, RunError> {
+    let artifact = opened.artifact.path().to_owned();
+    let json = opened.artifact.meta("tokenizer.json")?;
     let json = json.ok_or(RunError::NoTokenizer { artifact, verb })?;
-    Ok(Arc::new(Tokenizer::from_bytes(&json)?))
+    let tokenizer = Tokenizer::from_bytes(&json)?;
+    let config = &opened.config;
+    tokenizer.check(config.vocab_size, config.bos_token_id, config.eos_token_id)?;
+    Ok(Arc::new(tokenizer))
 }
 
-fn context(session: &Session, common: &Common) -> usize {
-    let model = session.opened.config.max_position_embeddings as usize;
-    common.max_context.unwrap_or(model).min(model)
+fn context(opened: &Opened, common: &Common) -> Result<usize, RunError> {
+    let model = opened.config.max_position_embeddings as usize;
+    match common.max_context {
+        Some(asked) if asked > model => Err(RunError::Usage(format!(
+            "--max-context {asked}: expected at most the model's {model}\n  help: give a smaller number, or leave it out"
+        ))),
+        asked => Ok(asked.unwrap_or(model)),
+    }
 }
 
-fn answer_options(session: &Session, args: &AnswerArgs, common: &Common) -> Result<AnswerOptions, RunError> {
-    check_draft(session, usize::from(args.draft))?;
+fn answer_options(opened: &Opened, args: &AnswerArgs, common: &Common) -> Result<AnswerOptions, RunError> {
+    if args.draft > 0 {
+        check_draft(opened, "--draft")?;
+    }
     Ok(AnswerOptions {
         thinking: args.thinking,
         effort: args.reasoning_effort.map(|e| match e {
@@ -107,21 +160,20 @@ fn answer_options(session: &Session, args: &AnswerArgs, common: &Common) -> Resu
             EffortArg::Max => Effort::Max,
         }),
         tokens_max: args.max_tokens.map(|n| n as usize),
-        context: context(session, common),
+        context: context(opened, common)?,
         sampling: Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed },
         draft: usize::from(args.draft),
         chunk: common.chunk as usize,
     })
 }
 
-fn check_draft(session: &Session, asked: usize) -> Result<(), RunError> {
-    let reason = match session.opened.config.draft {
-        _ if asked == 0 => return Ok(()),
+fn check_draft(opened: &Opened, flag: &'static str) -> Result<(), RunError> {
+    let reason = match opened.config.draft {
         Draft::Mtp => return Ok(()),
         Draft::None => "the artifact has no draft block",
         Draft::DSpark { .. } => "the artifact's block drafter (DSpark) is not supported yet",
     };
-    Err(RunError::NoDraft { asked, reason: reason.into() })
+    Err(RunError::NoDraft { flag, reason })
 }
 
 fn json_file(file: &Path, expected: &str) -> Result<Value, RunError> {
@@ -144,7 +196,7 @@ fn conversation(args: &GenerateArgs) -> Result<Vec<Message>, RunError> {
                 tools = object.remove("tools").unwrap_or(Value::Null);
                 value = object.remove("messages").unwrap_or(Value::Null);
             }
-            parse_messages(&value)?
+            parse_messages(&value).map_err(|source| RunError::Conversation { file: file.clone(), source })?
         }
     };
     if let Some(file) = &args.tools {
@@ -158,29 +210,34 @@ fn conversation(args: &GenerateArgs) -> Result<Vec<Message>, RunError> {
 
 fn generate(artifact: &Path, args: &GenerateArgs) -> Result<(), RunError> {
     let messages = conversation(args)?;
-    with_session(artifact, &args.common, |session| {
-        let tokenizer = tokenizer(session, "generate")?;
-        let options = answer_options(session, &args.answer, &args.common)?;
-        let prompt = prompt(&session.opened.config, &tokenizer, &messages, &options)?;
+    let prepare = |opened: &Opened| {
+        let tokenizer = tokenizer(opened, "generate")?;
+        let options = answer_options(opened, &args.answer, &args.common)?;
+        let prompt = prompt(&opened.config, &tokenizer, &messages, &options)?;
+        let room = room(&opened.config, &prompt, &options)?;
+        let tokens = prompt.tokens.len() + options.tokens_max.map_or(room, |most| most.min(room));
+        admit_start(opened, &args.common, tokens, false)?;
+        Ok((tokenizer, options, prompt))
+    };
+    with_session(artifact, &args.common, prepare, |session, (tokenizer, options, prompt)| {
         let mut printer = Printer::new(!args.json);
         let answer = answer(session, &tokenizer, &prompt, &options, &mut |event| printer.show(event))?;
-        let generated = &answer.generated;
-        if args.json {
-            let out = json!({
-                "prompt": prompt.text,
-                "prompt_tokens": prompt.tokens,
-                "completion_tokens": generated.tokens,
-                "text": answer.text,
-                "message": answer.message_json(),
-                "finish_reason": answer.finish_reason(),
-                "stats": stats_json(&generated.stats, prompt.tokens.len(), generated.tokens.len()),
-            });
-            let _ = print_now(&format!("{out}\n"));
-        } else {
-            let _ = print_now("\n");
+        printer.finish()?;
+        if !args.json {
             summary(&args.common, prompt.tokens.len(), &answer);
+            return Ok(());
         }
-        Ok(())
+        let generated = &answer.generated;
+        let out = json!({
+            "prompt": prompt.text,
+            "prompt_tokens": prompt.tokens,
+            "completion_tokens": generated.tokens,
+            "text": answer.text,
+            "message": answer.message_json(),
+            "finish_reason": answer.finish_reason(),
+            "stats": stats_json(&generated.stats, prompt.tokens.len(), generated.tokens.len()),
+        });
+        print_now(&format!("{out}\n")).map(|_| ())
     })
 }
 
@@ -189,70 +246,62 @@ fn summary(common: &Common, prompt_tokens: usize, answer: &Answer) {
         return;
     }
     let (stats, tokens) = (&answer.generated.stats, answer.generated.tokens.len());
-    let mut line = format!(
-        "{prompt_tokens} prompt tokens in {:.0} ms; {tokens} tokens at {:.1} tokens/s",
-        stats.prefill_ms,
-        tokens_per_second(stats, tokens)
-    );
+    let mut line = format!("{prompt_tokens} prompt tokens in {:.0} ms; {tokens} tokens", stats.prefill_ms);
+    if tokens > 1 {
+        line += &format!(" at {:.1} tokens/s", tokens_per_second(stats, tokens));
+    }
     if stats.draft_tokens > 0 {
         line += &format!("; {} of {} drafts accepted", stats.accepted_tokens, stats.draft_tokens);
     }
-    eprintln!("{line} ({})", answer.finish_reason());
+    tell(&format!("{line} ({})\n", answer.finish_reason()));
 }
 
-/// Writes an answer's parts as they come: content and calls to standard output, reasoning to standard error.
-struct Printer {
-    on: bool,
-    reasoning: bool,
-    dim: bool,
-}
-
-impl Printer {
-    fn new(on: bool) -> Printer {
-        Printer { on, reasoning: false, dim: std::io::stderr().is_terminal() }
-    }
-
-    fn show(&mut self, event: Event) -> ControlFlow<()> {
-        if !self.on {
-            return ControlFlow::Continue(());
-        }
-        let is_reasoning = matches!(event, Event::Reasoning(_));
-        if self.reasoning && !is_reasoning {
-            eprintln!("{}", if self.dim { "\x1b[0m" } else { "" });
-        }
-        let started = is_reasoning && !self.reasoning && self.dim;
-        self.reasoning = is_reasoning;
-        let text = match event {
-            Event::Reasoning(text) => {
-                eprint!("{}{text}", if started { "\x1b[2m" } else { "" });
-                return ControlFlow::Continue(());
+/// Lines of standard input, from a thread of its own, so that whoever waits for one can look around.
+fn input_lines() -> Receiver<std::io::Result<String>> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lock().lines() {
+            if sender.send(line).is_err() {
+                return;
             }
-            Event::Content(text) => text,
-            Event::ToolCallStart { name, .. } => format!("\n{name}("),
-            Event::ToolCallArguments { delta, .. } => delta,
-            Event::ToolCallEnd { .. } => ")".into(),
-        };
-        // A closed pipe: nobody reads any more.
-        if print_now(&text).is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        }
+    });
+    receiver
+}
+
+/// The next line; `None` at the end. A rank that ends while nobody types is noticed within a second.
+fn next_line(lines: &Receiver<std::io::Result<String>>, session: &mut Session) -> Result<Option<String>, RunError> {
+    loop {
+        match lines.recv_timeout(Duration::from_secs(1)) {
+            Ok(Ok(line)) => return Ok(Some(line)),
+            Ok(Err(source)) => {
+                let (action, file) = ("reading", PathBuf::from("standard input"));
+                return Err(RunError::Io { action, file, source, help: "write lines of UTF-8 text" });
+            }
+            Err(RecvTimeoutError::Timeout) => session.check()?,
+            Err(RecvTimeoutError::Disconnected) => return Ok(None),
+        }
     }
 }
 
 fn chat(artifact: &Path, args: &ChatArgs) -> Result<(), RunError> {
-    with_session(artifact, &args.common, |session| {
-        let tokenizer = tokenizer(session, "chat")?;
-        let options = answer_options(session, &args.answer, &args.common)?;
+    let prepare = |opened: &Opened| {
+        let (tokenizer, options) = (tokenizer(opened, "chat")?, answer_options(opened, &args.answer, &args.common)?);
+        admit_start(opened, &args.common, options.context, false)?;
+        Ok((tokenizer, options))
+    };
+    with_session(artifact, &args.common, prepare, |session, (tokenizer, options)| {
         let mut messages: Vec<Message> = args.system.iter().map(|s| Message::new(Role::System, s.clone())).collect();
         let interactive = std::io::stdin().is_terminal();
-        let mut lines = std::io::stdin().lock().lines();
+        let lines = input_lines();
+        if interactive && !args.common.quiet {
+            tell("Ctrl-D or /quit ends\n");
+        }
         loop {
             if interactive {
-                eprint!("> ");
-                let _ = std::io::stderr().flush();
+                tell("> ");
             }
-            let line = match lines.next() {
-                Some(Ok(line)) if line.trim() != "/quit" => line,
-                _ => return Ok(()),
-            };
+            let Some(line) = next_line(&lines, session)?.filter(|line| line.trim() != "/quit") else { return Ok(()) };
             if line.trim().is_empty() {
                 continue;
             }
@@ -260,7 +309,7 @@ fn chat(artifact: &Path, args: &ChatArgs) -> Result<(), RunError> {
             let prompt = prompt(&session.opened.config, &tokenizer, &messages, &options)?;
             let mut printer = Printer::new(true);
             let answer = answer(session, &tokenizer, &prompt, &options, &mut |event| printer.show(event))?;
-            let _ = print_now("\n");
+            printer.finish()?;
             summary(&args.common, prompt.tokens.len(), &answer);
             let mut reply = Message::new(Role::Assistant, answer.message.content.clone());
             reply.reasoning_content = answer.message.reasoning_content;
@@ -279,8 +328,8 @@ fn logits(artifact: &Path, args: &LogitsArgs) -> Result<(), RunError> {
         help: "write a JSON list such as [0, 17, 4]",
     };
     let tokens: Vec<u32> = ids.ok_or_else(|| input("a list of token ids".into(), "something else".into()))?;
-    with_session(artifact, &args.common, |session| {
-        let config = session.opened.config.clone();
+    let prepare = |opened: &Opened| {
+        let config = &opened.config;
         if let Some(id) = tokens.iter().find(|t| u64::from(**t) >= config.vocab_size) {
             return Err(input(format!("ids below {}", config.vocab_size), id.to_string()));
         }
@@ -288,58 +337,31 @@ fn logits(artifact: &Path, args: &LogitsArgs) -> Result<(), RunError> {
         if tokens.len() < least {
             return Err(input(format!("at least {least} ids"), tokens.len().to_string()));
         }
-        let context = context(session, &args.common);
+        let context = context(opened, &args.common)?;
         if tokens.len() > context {
             let model = config.max_position_embeddings;
             return Err(RunError::Context { tokens: tokens.len(), context, model });
         }
         if args.mtp {
-            check_draft(session, 1)?;
+            check_draft(opened, "--mtp")?;
         }
-        let vocab = config.vocab_size as usize;
-        let mut trunk = Mat::zeros(tokens.len(), vocab);
-        let mut draft = Mat::zeros(if args.mtp { tokens.len() - 1 } else { 0 }, vocab);
-        let place = |out: &mut Mat, first: usize, part: &Mat| {
-            out.data[first * vocab..first * vocab + part.data.len()].copy_from_slice(&part.data);
-        };
-        let chunk = args.common.chunk as usize;
-        prefill(
-            &mut session.engine,
-            &tokens,
-            chunk,
-            true,
-            args.mtp,
-            &mut |first, part| place(&mut trunk, first, &part),
-            &mut |first, part| place(&mut draft, first, &part),
-        )?;
-        session.engine.run(Command::Close(0))?;
-        let mut tensors = BTreeMap::from([("logits", trunk)]);
+        admit_start(opened, &args.common, tokens.len(), true)?;
+        let mut tensors = vec![("logits", tokens.len())];
         if args.mtp {
-            tensors.insert("mtp", draft);
+            tensors.push(("mtp", tokens.len() - 1));
         }
-        write_tensors(&args.output, &tensors)
-    })
-}
-
-/// Writes float32 matrices as a safetensors file, whole or not at all.
-fn write_tensors(file: &Path, tensors: &BTreeMap<&str, Mat>) -> Result<(), RunError> {
-    let failed = |source| RunError::Io {
-        action: "writing",
-        file: file.to_owned(),
-        source,
-        help: "check the path and the free space",
+        TensorFile::create(&args.output, &tensors, config.vocab_size as usize)
     };
-    let views: Result<Vec<_>, _> = tensors
-        .iter()
-        .map(|(name, m)| {
-            TensorView::new(Dtype::F32, vec![m.rows, m.cols], bytemuck::cast_slice(&m.data)).map(|v| (*name, v))
-        })
-        .collect();
-    let bytes = views.and_then(|v| safetensors::serialize(v, None)).map_err(|e| failed(std::io::Error::other(e)))?;
-    let mut partial = file.as_os_str().to_owned();
-    partial.push(".partial");
-    std::fs::write(&partial, bytes).and_then(|()| std::fs::rename(&partial, file)).map_err(|source| {
-        let _ = std::fs::remove_file(&partial);
-        failed(source)
+    with_session(artifact, &args.common, prepare, |session, mut file| {
+        let chunk = args.common.chunk as usize;
+        let mut write = |part: Part, first: usize, rows: Mat| file.write_rows(part as usize, first, &rows.data);
+        prefill(&mut session.engine, &tokens, chunk, true, args.mtp, &mut write)?;
+        session.engine.run(Command::Close(0))?;
+        file.finish()?;
+        if !args.common.quiet {
+            let mtp = if args.mtp { " and mtp" } else { "" };
+            tell(&format!("{}: logits{mtp} of {} tokens\n", args.output.display(), tokens.len()));
+        }
+        Ok(())
     })
 }

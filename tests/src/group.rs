@@ -9,7 +9,7 @@ use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::ops::Mat;
 use dsv4_kernels::reference::Reference;
 use dsv4_model::ops::{Segment, Step};
-use dsv4_run::generate::prefill;
+use dsv4_run::generate::{Part, prefill};
 use dsv4_run::load::{RankOptions, open};
 use dsv4_run::ranks::{self, Control, Deadlines, Mesh, Token};
 use dsv4_run::step::{Command, Engine, Rank};
@@ -72,21 +72,14 @@ impl Group {
     /// Logits of every row of `tokens` in steps of `chunk` rows; with `mtp` also the draft block's.
     pub fn logits(&mut self, tokens: &[u32], chunk: usize, mtp: bool) -> (Mat, Mat) {
         let (mut trunk, mut draft) = (Mat::default(), Mat::default());
-        let append = |out: &mut Mat, first: usize, part: Mat| {
+        let mut append = |of: Part, first: usize, part: Mat| {
+            let out = if of == Part::Trunk { &mut trunk } else { &mut draft };
             assert_eq!(out.rows, first, "rows in order");
             (out.rows, out.cols) = (out.rows + part.rows, part.cols);
             out.data.extend(part.data);
+            Ok(())
         };
-        prefill(
-            &mut self.engine,
-            tokens,
-            chunk,
-            true,
-            mtp,
-            &mut |first, part| append(&mut trunk, first, part),
-            &mut |first, part| append(&mut draft, first, part),
-        )
-        .unwrap_or_else(|e| panic!("{e}"));
+        prefill(&mut self.engine, tokens, chunk, true, mtp, &mut append).unwrap_or_else(|e| panic!("{e}"));
         self.run(Command::Close(0));
         (trunk, draft)
     }

@@ -130,22 +130,27 @@ impl Artifact {
 
     /// Opens a rank's file and holds length and both superblocks against the manifest.
     pub(crate) fn open_rank(&self, rank: &RankFile) -> Result<DirectFile, FormatError> {
-        let file = DirectFile::open(&self.rank_path(rank.rank))?;
-        require_len(&file, rank.file_len)?;
-        let expected = superblock(&self.manifest, rank);
-        let tail = rank.file_len - HEADER_BYTES as u64;
-        let mut buf = AlignedBuf::new(HEADER_BYTES)?;
-        for (copy, base) in [(SuperblockCopy::Head, 0), (SuperblockCopy::Tail, tail)] {
-            file.read_exact_at(&mut buf, base)?;
-            let (bytes, _) = buf.split_first_chunk().unwrap_or_else(|| unreachable!("4 KiB were asked for"));
-            expected.require(bytes, copy, base, file.path())?;
-        }
-        Ok(file)
+        open_rank_file(&self.rank_path(rank.rank), &self.manifest, rank)
     }
 
     fn no_such_rank(&self, rank: u32) -> FormatError {
         FormatError::NoSuchRank { path: self.path.clone(), rank, tp: self.manifest.tp }
     }
+}
+
+/// Opens what must be the file of `rank` in `manifest`: its length and both superblocks say so.
+pub(crate) fn open_rank_file(path: &Path, manifest: &Manifest, rank: &RankFile) -> Result<DirectFile, FormatError> {
+    let file = DirectFile::open(path)?;
+    require_len(&file, rank.file_len)?;
+    let expected = superblock(manifest, rank);
+    let tail = rank.file_len - HEADER_BYTES as u64;
+    let mut buf = AlignedBuf::new(HEADER_BYTES)?;
+    for (copy, base) in [(SuperblockCopy::Head, 0), (SuperblockCopy::Tail, tail)] {
+        file.read_exact_at(&mut buf, base)?;
+        let (bytes, _) = buf.split_first_chunk().unwrap_or_else(|| unreachable!("4 KiB were asked for"));
+        expected.require(bytes, copy, base, file.path())?;
+    }
+    Ok(file)
 }
 
 /// Whether some artifact could hold a file of this name.

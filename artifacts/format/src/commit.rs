@@ -1,25 +1,27 @@
 //! The end of a draft: superblocks, MANIFEST, receipt, sync, and one rename.
 //!
 //! Everything is on the medium before the final name appears, so a crash leaves either the old
-//! state or the whole new artifact.
+//! state or the whole new artifact. Ranks may be packed one at a time: a rank's file joins the same
+//! artifact that is there without it, and the file of another rank is never lost.
 
 use std::fs;
 use std::io;
-use std::path::PathBuf;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
-use crate::artifact::Artifact;
+use crate::artifact::{Artifact, open_rank_file};
 use crate::check::check;
-use crate::draft::{Draft, is_replaceable, lock_directory};
+use crate::draft::{Draft, is_replaceable};
 use crate::error::FormatError;
-use crate::header::{HEADER_BYTES, MANIFEST_FILE, META_FILE, RECEIPT_FILE, Superblock};
+use crate::header::{HEADER_BYTES, MANIFEST_FILE, META_FILE, RECEIPT_FILE, Superblock, rank_file_name};
 use crate::identity::index_hash;
 use crate::io::AlignedBuf;
 use crate::manifest::{
     ArtifactId, Canary, Digest, KernelSetId, Manifest, RankFile, SourceId, StoredFile, WeightSetId, encode,
 };
+use crate::partial::{lock_directory, sync_directory};
+use crate::progress::Progress;
 
 /// What the packer knows and the files do not say.
 #[derive(Clone, Debug)]
@@ -41,7 +43,10 @@ pub enum Outcome {
     Created,
     /// Another artifact (or the same, with `force`) had the name and is gone.
     Replaced,
-    /// The same artifact was there, with every file this one has; nothing was changed.
+    /// The same artifact was there without rank files this one has; they were added, nothing else
+    /// was changed.
+    RankAdded,
+    /// The same artifact was there, whole, with every file this one has; nothing was changed.
     AlreadyThere,
 }
 
@@ -53,30 +58,52 @@ pub struct Committed {
 }
 
 impl Draft {
-    /// Completes the artifact under its final name. With `force` an artifact that is already there is
-    /// replaced atomically; what is not an artifact never is.
+    /// Completes the artifact under its final name. If the same artifact is there already, it is read
+    /// and judged whole (which `progress` shows), and only rank files it lacks are added to it. With
+    /// `force` an artifact that is already there is replaced atomically; what is not an artifact never
+    /// is. Rank files of the same weights that this draft does not write are kept even then.
     ///
-    /// Errors: [`FormatError::Exists`] (also when the one there has the same id but is damaged or lacks
-    /// a rank), [`FormatError::Input`] and [`FormatError::Manifest`] for contradicting input, I/O. The
-    /// partial directory is removed in every case.
-    pub fn commit(mut self, input: CommitInput, force: bool) -> Result<Committed, FormatError> {
+    /// Errors: [`FormatError::Exists`] (another artifact, or the same but damaged), [`FormatError::Input`]
+    /// and [`FormatError::Manifest`] for contradicting input, I/O. The partial directory is removed in
+    /// every case.
+    pub fn commit(
+        mut self,
+        input: CommitInput,
+        force: bool,
+        progress: &dyn Progress,
+    ) -> Result<Committed, FormatError> {
         let receipt = input.receipt.clone();
         let manifest = self.manifest(input)?;
-        let path = self.partial.join(MANIFEST_FILE);
+        let path = self.partial.path().join(MANIFEST_FILE);
         check(&manifest, &path)?;
         let committed =
             |outcome| Committed { artifact_id: manifest.artifact_id, weight_set_id: manifest.weight_set_id, outcome };
-        let replace = is_replaceable(&self.out)?;
+        let replace = is_replaceable(self.partial.out())?;
         if replace && !force {
-            self.require_same(&manifest)?;
-            return Ok(committed(Outcome::AlreadyThere));
+            let lacking = self.require_same(&manifest, progress)?;
+            if lacking.is_empty() {
+                return Ok(committed(Outcome::AlreadyThere));
+            }
+            self.write_superblocks(&manifest)?;
+            self.add_ranks(&lacking)?;
+            return Ok(committed(Outcome::RankAdded));
         }
         self.write_superblocks(&manifest)?;
         self.write_new(MANIFEST_FILE, &encode(&manifest, &path)?)?;
         self.write_receipt(receipt, &manifest)?;
-        self.dir.sync_all().map_err(|e| FormatError::io("sync", &self.partial, 0, e))?;
-        self.publish(replace)?;
-        Ok(committed(if replace { Outcome::Replaced } else { Outcome::Created }))
+        if !replace {
+            self.partial.publish()?;
+            return Ok(committed(Outcome::Created));
+        }
+        // What is replaced takes the partial's name until it is removed, and must not pass for a
+        // partial that nobody holds.
+        self.replaced = Some(lock_directory(self.partial.out()).map_err(|e| match e {
+            Errno::WOULDBLOCK => FormatError::Busy { path: self.partial.out().to_path_buf() },
+            e => FormatError::io("lock", self.partial.out(), 0, e.into()),
+        })?);
+        self.keep_other_ranks(&manifest)?;
+        self.partial.replace()?;
+        Ok(committed(Outcome::Replaced))
     }
 
     fn manifest(&mut self, input: CommitInput) -> Result<Manifest, FormatError> {
@@ -117,17 +144,48 @@ impl Draft {
         Ok(manifest)
     }
 
-    /// Without `force`, what has the name must be this very artifact and hold every rank we wrote.
-    fn require_same(&self, manifest: &Manifest) -> Result<(), FormatError> {
+    /// Without `force`, what has the name must be this very artifact, every stored byte of it as
+    /// packed. Returns the ranks we wrote that it lacks.
+    fn require_same(&self, manifest: &Manifest, progress: &dyn Progress) -> Result<Vec<u32>, FormatError> {
+        let out = self.partial.out();
         let differs =
-            |found: String| FormatError::Exists { path: self.out.clone(), expected: manifest.artifact_id, found };
-        let there = Artifact::open(&self.out).map_err(|e| differs(format!("a damaged one ({e})")))?;
+            |found: String| FormatError::Exists { path: out.to_path_buf(), expected: manifest.artifact_id, found };
+        let damaged = |e: FormatError| match e {
+            FormatError::Memory { .. } | FormatError::Thread { .. } | FormatError::OpenFiles { .. } => e,
+            e => differs(format!("a damaged one ({})", e.fact())),
+        };
+        let there = Artifact::open(out).map_err(damaged)?;
         if there.manifest().artifact_id != manifest.artifact_id {
             return Err(differs(there.manifest().artifact_id.to_string()));
         }
-        for (rank, _) in (0..manifest.tp).zip(&self.files).filter(|(_, file)| file.is_some()) {
-            if !there.has_rank(rank) {
-                return Err(differs(format!("the same, but without rank {rank}")));
+        there.verify_contents(progress).map_err(damaged)?;
+        let ours = (0..manifest.tp).zip(&self.files).filter(|(_, file)| file.is_some());
+        Ok(ours.map(|(rank, _)| rank).filter(|rank| !there.has_rank(*rank)).collect())
+    }
+
+    /// Moves finished rank files into the artifact that lacks them. Each arrives whole, by one rename.
+    fn add_ranks(&self, ranks: &[u32]) -> Result<(), FormatError> {
+        let out = self.partial.out();
+        for name in ranks.iter().copied().map(rank_file_name) {
+            let (from, to) = (self.partial.path().join(&name), out.join(&name));
+            let renamed = match renameat_with(CWD, &from, CWD, &to, RenameFlags::NOREPLACE) {
+                Err(Errno::INVAL | Errno::NOSYS) => fs::rename(&from, &to),
+                other => other.map_err(io::Error::from),
+            };
+            renamed.map_err(|e| FormatError::io("add", &to, 0, e))?;
+        }
+        sync_directory(out)
+    }
+
+    /// Rank files of the same weights in the artifact to be replaced that we do not write: linked, so
+    /// that they have a name in the old directory until the new one has its own.
+    fn keep_other_ranks(&self, manifest: &Manifest) -> Result<(), FormatError> {
+        for (rank, _) in manifest.ranks.iter().zip(&self.files).filter(|(_, file)| file.is_none()) {
+            let name = rank_file_name(rank.rank);
+            let from = self.partial.out().join(&name);
+            if open_rank_file(&from, manifest, rank).is_ok() {
+                let to = self.partial.path().join(&name);
+                fs::hard_link(&from, &to).map_err(|e| FormatError::io("link", &to, 0, e))?;
             }
         }
         Ok(())
@@ -155,54 +213,6 @@ impl Draft {
         let mut text = format!("{:#}", serde_json::Value::Object(receipt));
         text.push('\n');
         self.write_new(RECEIPT_FILE, text.as_bytes())
-    }
-
-    fn publish(&mut self, replace: bool) -> Result<(), FormatError> {
-        let failed = |e: Errno| FormatError::io("give the final name to", &self.partial, 0, e.into());
-        let rename = |flags| renameat_with(CWD, &self.partial, CWD, &self.out, flags);
-        if replace {
-            // What is replaced takes the partial's name until it is removed, and must not pass for a
-            // partial that nobody holds.
-            match lock_directory(&self.out) {
-                Ok(dir) => self.replaced = Some(dir),
-                Err(Errno::WOULDBLOCK) => {
-                    return Err(FormatError::Busy { path: self.out.clone() });
-                }
-                Err(e) => return Err(FormatError::io("lock", &self.out, 0, e.into())),
-            }
-            match rename(RenameFlags::EXCHANGE) {
-                // Dropping the draft removes the old artifact.
-                Ok(()) => {}
-                Err(Errno::INVAL | Errno::NOSYS) => self.replace_in_two_steps()?,
-                Err(e) => return Err(failed(e)),
-            }
-        } else {
-            match rename(RenameFlags::NOREPLACE) {
-                Ok(()) => {}
-                Err(Errno::INVAL | Errno::NOSYS) => rename(RenameFlags::empty()).map_err(failed)?,
-                Err(e) => return Err(failed(e)),
-            }
-            self.owned = false;
-        }
-        let parent = fs::File::open(&self.parent).and_then(|dir| dir.sync_all());
-        parent.map_err(|e| FormatError::io("sync", &self.parent, 0, e))
-    }
-
-    /// For file systems that cannot exchange: for a moment the name is free, and a crash then leaves
-    /// the old artifact under `.NAME.dsv4.old`.
-    fn replace_in_two_steps(&mut self) -> Result<(), FormatError> {
-        let mut old = self.partial.clone().into_os_string();
-        old.push(".old");
-        let old = PathBuf::from(old);
-        let rename = |from: &PathBuf, to: &PathBuf| -> io::Result<()> { fs::rename(from, to) };
-        rename(&self.out, &old).map_err(|e| FormatError::io("set aside", &self.out, 0, e))?;
-        if let Err(e) = rename(&self.partial, &self.out) {
-            // Put the old one back; if even that fails, the first error is the one to report.
-            let _ = rename(&old, &self.out);
-            return Err(FormatError::io("give the final name to", &self.partial, 0, e));
-        }
-        self.owned = false;
-        fs::remove_dir_all(&old).map_err(|e| FormatError::io("remove", &old, 0, e))
     }
 }
 

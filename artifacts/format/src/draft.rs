@@ -1,27 +1,27 @@
 //! An artifact being written, in `.NAME.dsv4.partial/` beside its final place.
 //!
-//! The directory itself carries an exclusive flock: a second packer is refused, and a killed one
-//! leaves no lock behind. What an earlier, killed packer left in it is discarded. Dropping a draft
-//! removes it; only [`Draft::commit`] gives anything the final name.
+//! A [`Partial`] holds the directory and its lock. Dropping a draft removes it; only
+//! [`Draft::commit`] gives anything the final name, and [`Draft::read_back`] says before whether the
+//! disk has what was written.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
-use rustix::io::Errno;
-
+use crate::artifact::is_artifact_file;
 use crate::check::{TUNING_MEMBER, is_arch};
 use crate::error::FormatError;
 use crate::header::{KERNELS_PREFIX, MANIFEST_FILE, META_FILE, RANKS_MAX, rank_file_name};
 use crate::io::DirectFile;
 use crate::layout::RankLayout;
-use crate::manifest::{Digest, KernelRecord, StoredFile};
+use crate::manifest::{Digest, KernelRecord, RankFile, StoredFile};
 use crate::members;
 use crate::parallel::default_threads;
+use crate::partial::{Partial, foreign};
+use crate::progress::Progress;
 use crate::rank_writer::RankWriter;
+use crate::verify::verify_blocks;
 
 #[derive(Clone, Debug, Default)]
 pub struct DraftOptions {
@@ -39,9 +39,7 @@ pub struct KernelInput {
 }
 
 pub struct Draft {
-    pub(crate) out: PathBuf,
-    pub(crate) partial: PathBuf,
-    pub(crate) parent: PathBuf,
+    pub(crate) partial: Partial,
     pub(crate) layouts: Vec<Arc<RankLayout>>,
     /// `None` for ranks that are hashed only.
     pub(crate) files: Vec<Option<Arc<DirectFile>>>,
@@ -49,19 +47,16 @@ pub struct Draft {
     pub(crate) meta: Option<StoredFile>,
     pub(crate) kernel_files: Vec<StoredFile>,
     pub(crate) kernels: Vec<KernelRecord>,
-    /// False once the partial directory is no longer ours to remove.
-    pub(crate) owned: bool,
-    /// Holds the flock.
-    pub(crate) dir: File,
     /// Holds the lock of the artifact being replaced, which ends up under the partial's name.
     pub(crate) replaced: Option<File>,
 }
 
 impl Draft {
-    /// Starts an artifact for `layouts.len()` ranks (1 to 64, index = rank) and reserves its disk space.
+    /// Starts an artifact for `layouts.len()` ranks (1 to 8, index = rank) and reserves its disk space.
     ///
     /// Errors: [`FormatError::Busy`] while another packer writes to `out`, [`FormatError::Occupied`]
-    /// when `out` is neither free nor an artifact, [`FormatError::NoSpace`].
+    /// when `out` is neither free nor an artifact or the partial directory holds what no packer puts
+    /// there, [`FormatError::NoSpace`].
     pub fn create(out: &Path, layouts: Vec<RankLayout>, options: &DraftOptions) -> Result<Self, FormatError> {
         let tp = u32::try_from(layouts.len()).unwrap_or(u32::MAX);
         if !(1..=RANKS_MAX).contains(&tp) || options.only_rank.is_some_and(|rank| rank >= tp) {
@@ -71,27 +66,20 @@ impl Draft {
                 found: format!("{tp} layouts, keep {:?}", options.only_rank),
             });
         }
-        let (parent, partial) = places(out)?;
         is_replaceable(out)?;
-        let dir = lock_partial(&partial)?;
         let mut draft = Draft {
-            out: out.to_path_buf(),
-            parent,
-            partial,
+            partial: Partial::create(out, is_artifact_file)?,
             layouts: layouts.into_iter().map(Arc::new).collect(),
             files: Vec::new(),
             taken: vec![false; tp as usize],
             meta: None,
             kernel_files: Vec::new(),
             kernels: Vec::new(),
-            owned: true,
-            dir,
             replaced: None,
         };
-        draft.discard_leftovers()?;
         for (rank, layout) in (0..tp).zip(&draft.layouts) {
             let kept = options.only_rank.is_none_or(|only| only == rank);
-            let path = draft.partial.join(rank_file_name(rank));
+            let path = draft.partial.path().join(rank_file_name(rank));
             let file = if kept { Some(Arc::new(DirectFile::create(&path, layout.file_len())?)) } else { None };
             draft.files.push(file);
         }
@@ -147,7 +135,7 @@ impl Draft {
     }
 
     fn write_stored(&self, name: &str, files: &[(String, Vec<u8>)]) -> Result<StoredFile, FormatError> {
-        let path = self.partial.join(name);
+        let path = self.partial.path().join(name);
         let (record, bytes) = members::store(name, files, &path)?;
         if !bytes.is_empty() {
             self.write_new(name, &bytes)?;
@@ -157,7 +145,7 @@ impl Draft {
 
     /// Writes and syncs a small file.
     pub(crate) fn write_new(&self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
-        let path = self.partial.join(name);
+        let path = self.partial.path().join(name);
         let write = || -> io::Result<()> {
             let mut file = File::create_new(&path)?;
             file.write_all(bytes)?;
@@ -166,39 +154,26 @@ impl Draft {
         write().map_err(|e| FormatError::io("write", &path, bytes.len() as u64, e))
     }
 
-    fn discard_leftovers(&self) -> Result<(), FormatError> {
-        let failed = |path: &Path, e| FormatError::io("remove", path, 0, e);
-        for entry in fs::read_dir(&self.partial).map_err(|e| failed(&self.partial, e))? {
-            let path = entry.map_err(|e| failed(&self.partial, e))?.path();
-            fs::remove_file(&path).map_err(|e| failed(&path, e))?;
+    /// Reads the kept rank files from the medium and holds every block against `ranks`, which
+    /// [`RankWriter::finish`] gave, in rank order. Call it when all of them are finished.
+    ///
+    /// Errors: [`FormatError::ReadBack`], [`FormatError::Padding`], I/O.
+    pub fn read_back(&self, ranks: &[RankFile], progress: &dyn Progress) -> Result<(), FormatError> {
+        let kept =
+            || ranks.iter().zip(&self.layouts).zip(&self.files).filter_map(|(r, file)| Some((r, file.as_ref()?)));
+        progress.start("read back", kept().map(|((rank, _), _)| rank.file_len).sum());
+        for ((rank, layout), file) in kept() {
+            file.sync()?;
+            verify_blocks(file, rank, layout, progress).map_err(|e| match e {
+                FormatError::Block { file, section, block, offset, expected, found, .. } => {
+                    FormatError::ReadBack { file, section, block, offset, expected, found }
+                }
+                other => other,
+            })?;
         }
+        progress.finish();
         Ok(())
     }
-}
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        if self.owned {
-            // Nowhere to report to; the next pack discards what stays.
-            let _ = fs::remove_dir_all(&self.partial);
-        }
-    }
-}
-
-/// The parent directory and the partial's path.
-fn places(out: &Path) -> Result<(PathBuf, PathBuf), FormatError> {
-    let Some(name) = out.file_name().and_then(|name| name.to_str()) else {
-        return Err(FormatError::Occupied {
-            path: out.to_path_buf(),
-            found: "a path without a readable last name".into(),
-        });
-    };
-    let parent = match out.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
-        _ => PathBuf::from("."),
-    };
-    let partial = parent.join(format!(".{name}.partial"));
-    Ok((parent, partial))
 }
 
 /// Whether `out` is free (`false`) or an artifact that may be replaced (`true`): a directory with a
@@ -214,49 +189,11 @@ pub(crate) fn is_replaceable(out: &Path) -> Result<bool, FormatError> {
     if !meta.is_dir() {
         return Err(occupied("something that is not a directory".into()));
     }
-    let mut has_manifest = false;
-    for entry in fs::read_dir(out).map_err(examine)? {
-        let name = entry.map_err(examine)?.file_name();
-        let name = name.to_string_lossy();
-        if !crate::artifact::is_artifact_file(&name) {
-            return Err(occupied(format!("a directory with {name:?} in it")));
-        }
-        has_manifest |= name == MANIFEST_FILE;
+    if let Some(name) = foreign(out, is_artifact_file)? {
+        return Err(occupied(format!("a directory with {name:?} in it")));
     }
-    if !has_manifest {
+    if !out.join(MANIFEST_FILE).try_exists().map_err(examine)? {
         return Err(occupied("a directory without MANIFEST".into()));
     }
     Ok(true)
-}
-
-/// Locks a directory as long as the result lives; `WOULDBLOCK` if another process has it.
-pub(crate) fn lock_directory(path: &Path) -> Result<File, Errno> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let dir = rustix::fs::open(path, flags, Mode::empty())?;
-    rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive)?;
-    Ok(dir.into())
-}
-
-/// Makes the partial directory and locks it. Between opening and locking its owner may have renamed
-/// or removed it, so the lock counts only if the path still leads to the locked directory.
-fn lock_partial(path: &Path) -> Result<File, FormatError> {
-    let failed = |action, e| FormatError::io(action, path, 0, e);
-    for _ in 0..16 {
-        match fs::create_dir(path) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(failed("create", e)),
-            _ => {}
-        }
-        let dir = match lock_directory(path) {
-            Ok(dir) => dir,
-            Err(Errno::NOENT) => continue,
-            Err(Errno::WOULDBLOCK) => break,
-            Err(e) => return Err(failed("lock", e.into())),
-        };
-        let locked = dir.metadata().map_err(|e| failed("examine", e))?;
-        match fs::symlink_metadata(path) {
-            Ok(there) if (there.dev(), there.ino()) == (locked.dev(), locked.ino()) => return Ok(dir),
-            _ => continue,
-        }
-    }
-    Err(FormatError::Busy { path: path.to_path_buf() })
 }

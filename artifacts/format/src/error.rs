@@ -2,11 +2,14 @@
 //! what / where / expected / found / what to do.
 //!
 //! All variants mean "input or artifact" (exit code 3) to the binaries except
-//! [`FormatError::Memory`], which is "device or memory" (exit code 4).
+//! [`FormatError::Memory`] and [`FormatError::Thread`], which are "device or memory" (exit code 4).
 
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
 use crate::manifest::{ArtifactId, Digest};
 
@@ -41,7 +44,15 @@ pub enum FormatError {
     )]
     Memory { what: &'static str, bytes: u64, source: io::Error },
 
-    #[error("{path}: another process is writing this artifact\n  help: wait for it, or end it; its lock goes with it", path = path.display())]
+    #[error(
+        "{what} cannot start: {source}\n  help: stop other programs, raise the limits on processes and memory (ulimit -u, ulimit -v), or ask for fewer threads"
+    )]
+    Thread { what: &'static str, source: io::Error },
+
+    #[error("{path}: too many files are open: this process may have {limit}\n  help: raise the limit (ulimit -n) and try again", path = path.display())]
+    OpenFiles { path: PathBuf, limit: u64 },
+
+    #[error("{path}: another process is writing here\n  help: wait for it, or end it; its lock goes with it", path = path.display())]
     Busy { path: PathBuf },
 
     #[error("{path}: an artifact is already here: expected {expected}, found {found}\n  help: choose another name, or replace it with --force", path = path.display())]
@@ -103,14 +114,26 @@ pub enum FormatError {
         reads: u32,
     },
 
+    #[error("{file}: section {section}, block {block}, offset {offset}: read back with block hash {found}, expected {expected}\n  help: the disk does not give what was written to it; check memory and disk (dmesg), then pack again", file = file.display())]
+    ReadBack { file: PathBuf, section: String, block: u64, offset: u64, expected: Box<Digest>, found: Box<Digest> },
+
     #[error("{path}: the file of rank {rank} is missing; expected it beside MANIFEST, found ranks {present:?}\n  help: copy this rank's file here, or run with a rank that is present", path = path.display())]
     RankMissing { path: PathBuf, rank: u32, present: Vec<u32> },
+
+    #[error("{path}: no rank's file is here: expected at least one of {tp}, found none\n  help: copy a rank's file beside MANIFEST, or pack again", path = path.display())]
+    NoRanks { path: PathBuf, tp: u32 },
 
     #[error("{path}: rank {rank} does not exist: expected less than {tp}\n  help: this artifact is packed for {tp} ranks", path = path.display())]
     NoSuchRank { path: PathBuf, rank: u32, tp: u32 },
 
-    #[error("{path}: a file that belongs to no artifact: expected {expected}, found {found:?}\n  help: move it away; an artifact holds nothing but what its MANIFEST names", path = path.display())]
+    #[error("{path}: a file that belongs to no artifact: expected {expected}, found {found}\n  help: move it away; an artifact holds nothing but what its MANIFEST names", path = path.display())]
     UnknownFile { path: PathBuf, expected: String, found: String },
+
+    #[error("{file}: is empty: expected content, found 0 bytes\n  help: an artifact has no empty files; copy it again, or remove it if it is RECEIPT.json or SIGNATURE", file = file.display())]
+    Empty { file: PathBuf },
+
+    #[error("{file}: {at}: expected {expected}, found {found}\n  help: this is no signature as minisign writes it; sign again, or remove the file", file = file.display())]
+    Signature { file: PathBuf, at: String, expected: String, found: String },
 
     #[error("{file}: member {member}: {reason}\n  help: the file is damaged; copy or pack it again", file = file.display())]
     Member { file: PathBuf, member: String, reason: String },
@@ -135,9 +158,20 @@ pub enum FormatError {
 }
 
 impl FormatError {
-    /// Wraps an I/O error; a full disk becomes [`FormatError::NoSpace`].
+    /// The message without what to do, for quoting in another one.
+    pub(crate) fn fact(&self) -> String {
+        let text = self.to_string();
+        text.split_once("\n  help: ").map_or(text.clone(), |(fact, _)| fact.to_owned())
+    }
+
+    /// Wraps an I/O error; a full disk becomes [`FormatError::NoSpace`], too many open files
+    /// [`FormatError::OpenFiles`].
     pub(crate) fn io(action: &'static str, path: &Path, needed: u64, source: io::Error) -> Self {
         let path = path.to_path_buf();
+        if source.raw_os_error() == Some(Errno::MFILE.raw_os_error()) {
+            let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+            return FormatError::OpenFiles { path, limit };
+        }
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FormatError::NoSpace { path, needed },
             _ => FormatError::Io { action, path, source },

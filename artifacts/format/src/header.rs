@@ -26,7 +26,7 @@ pub(crate) const SMALL_TENSOR_ALIGN: u64 = 256;
 
 /// MANIFEST's largest length, header included.
 pub const MANIFEST_BYTES_MAX: u64 = 16 << 20;
-pub(crate) const RANKS_MAX: u32 = 64;
+pub(crate) const RANKS_MAX: u32 = 8;
 pub(crate) const RANK_BYTES_MAX: u64 = 1 << 44;
 pub(crate) const SECTIONS_MAX: usize = 1 << 16;
 pub(crate) const TENSORS_MAX: usize = 1 << 20;

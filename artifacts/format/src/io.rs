@@ -3,18 +3,20 @@
 //! O_DIRECT where the file system takes it. Where it refuses (at open or at the first transfer) the
 //! same calls go through the cache, and what was touched is dropped in windows of whole 2 MiB:
 //! smaller windows leave large folios cached (measured: 98 % of the file with 1 MiB windows).
-//! Short transfers, EINTR and EAGAIN never reach the caller.
+//! Short transfers, EINTR and EAGAIN never reach the caller. One descriptor for each file: O_DIRECT
+//! is switched on and off on it, so a checkpoint of hundreds of shards stays below common limits.
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::num::NonZeroU64;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{Advice, FallocateFlags, OFlags};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::error::FormatError;
 use crate::header::BLOCK_BYTES;
@@ -30,47 +32,70 @@ pub(crate) trait ReadAt: Sync {
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), FormatError>;
 }
 
-/// A file opened twice, with and without O_DIRECT. Shared by threads: nothing here has a position.
+/// Raises the limit on open files to what this process may have: a checkpoint keeps all its shards
+/// open. Only a wish; where it does not suffice, opening fails with [`FormatError::OpenFiles`].
+pub fn raise_open_files() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    }
+}
+
+/// A file read and written past the page cache. Shared by threads: nothing here has a position.
 pub struct DirectFile {
     path: PathBuf,
-    direct: Option<File>,
-    plain: File,
-    refused: AtomicBool,
+    file: File,
+    direct: AtomicBool,
     len: u64,
 }
 
 impl DirectFile {
     /// Opens an existing regular file for reading.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
-        let plain = File::open(path).map_err(|e| FormatError::io("open", path, 0, e))?;
-        let meta = plain.metadata().map_err(|e| FormatError::io("examine", path, 0, e))?;
+        let file = File::open(path).map_err(|e| FormatError::io("open", path, 0, e))?;
+        let meta = file.metadata().map_err(|e| FormatError::io("examine", path, 0, e))?;
         if !meta.is_file() {
             let source = io::Error::new(io::ErrorKind::InvalidInput, "not a regular file");
             return Err(FormatError::io("open", path, 0, source));
         }
-        let direct = open_direct(OpenOptions::new().read(true), path)?;
-        Ok(DirectFile { path: path.to_path_buf(), direct, plain, refused: AtomicBool::new(false), len: meta.len() })
+        DirectFile::new(path, file, meta.len())
     }
 
     /// Creates a file that must not exist yet, of `len` zero bytes, all of them reserved on disk: a
     /// full disk is known here. (File systems that cannot reserve only set the length.)
-    pub(crate) fn create(path: &Path, len: u64) -> Result<Self, FormatError> {
+    pub fn create(path: &Path, len: u64) -> Result<Self, FormatError> {
         let failed = |action, e| FormatError::io(action, path, len, e);
-        let plain =
+        let file =
             OpenOptions::new().read(true).write(true).create_new(true).open(path).map_err(|e| failed("create", e))?;
         loop {
-            match rustix::fs::fallocate(&plain, FallocateFlags::empty(), 0, len) {
+            match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, len) {
                 Ok(()) => break,
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
-                    plain.set_len(len).map_err(|e| failed("set the length of", e))?;
+                    file.set_len(len).map_err(|e| failed("set the length of", e))?;
                     break;
                 }
                 Err(e) => return Err(failed("reserve space for", e.into())),
             }
         }
-        let direct = open_direct(OpenOptions::new().read(true).write(true), path)?;
-        Ok(DirectFile { path: path.to_path_buf(), direct, plain, refused: AtomicBool::new(false), len })
+        DirectFile::new(path, file, len)
+    }
+
+    /// Opens an existing file for reading and writing in place.
+    pub(crate) fn reopen(path: &Path) -> Result<Self, FormatError> {
+        let failed = |e| FormatError::io("open", path, 0, e);
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
+        let len = file.metadata().map_err(failed)?.len();
+        DirectFile::new(path, file, len)
+    }
+
+    fn new(path: &Path, file: File, len: u64) -> Result<Self, FormatError> {
+        let direct = match set_direct(&file, true) {
+            Ok(()) => true,
+            Err(rustix::io::Errno::INVAL) => false,
+            Err(e) => return Err(FormatError::io("open", path, 0, e.into())),
+        };
+        Ok(DirectFile { path: path.to_path_buf(), file, direct: AtomicBool::new(direct), len })
     }
 
     pub fn path(&self) -> &Path {
@@ -88,7 +113,7 @@ impl DirectFile {
 
     /// Whether transfers bypass the page cache (as far as is known yet).
     pub fn is_direct(&self) -> bool {
-        self.direct.is_some() && !self.refused.load(Ordering::Relaxed)
+        self.direct.load(Ordering::Relaxed)
     }
 
     /// Fills `buf` from `offset`; any offset, length and address. Aligned requests (4 KiB, as from
@@ -100,53 +125,70 @@ impl DirectFile {
         if offset.checked_add(len).is_none_or(|end| end > self.len) {
             return Err(FormatError::PastEnd { file: self.path.clone(), offset, len, found: self.len });
         }
-        if let Some(file) = self.direct.as_ref().filter(|_| self.is_direct()) {
+        if self.is_direct() {
             let done = if is_aligned(buf, offset) {
-                self.read_at_least(file, buf, offset, buf.len())
+                self.read_at_least(buf, offset, buf.len())
             } else {
-                self.read_through_bounce(file, buf, offset)?
+                self.read_through_bounce(buf, offset)?
             };
             match done {
                 Ok(()) => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::InvalidInput => self.refuse_direct(),
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => self.refuse_direct()?,
                 Err(e) => return Err(FormatError::io("read", &self.path, len, e)),
             }
         }
         let need = buf.len();
-        self.read_at_least(&self.plain, buf, offset, need).map_err(|e| FormatError::io("read", &self.path, len, e))?;
+        self.read_at_least(buf, offset, need).map_err(|e| FormatError::io("read", &self.path, len, e))?;
         self.drop_windows(offset, offset + len);
         Ok(())
     }
 
     /// Writes all of `buf` at `offset`; `offset`, length and address are multiples of 4 KiB.
-    pub(crate) fn write_all_at(&self, buf: &[u8], offset: u64) -> Result<(), FormatError> {
+    ///
+    /// Errors: [`FormatError::NoSpace`], [`FormatError::Io`].
+    pub fn write_all_at(&self, buf: &[u8], offset: u64) -> Result<(), FormatError> {
         assert!(is_aligned(buf, offset), "unaligned write of {} bytes at {offset}", buf.len());
         let failed = |e| FormatError::io("write", &self.path, buf.len() as u64, e);
-        if let Some(file) = self.direct.as_ref().filter(|_| self.is_direct()) {
-            match self.write_all(file, buf, offset) {
+        if self.is_direct() {
+            match self.write_all(buf, offset) {
                 Ok(()) => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::InvalidInput => self.refuse_direct(),
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => self.refuse_direct()?,
                 Err(e) => return Err(failed(e)),
             }
         }
-        self.write_all(&self.plain, buf, offset).map_err(failed)?;
+        self.write_all(buf, offset).map_err(failed)?;
         // Starts writing what is dirty and drops what is already clean, so the cache stays at about
         // what the disk has in flight. Advice only: a refusal costs memory, not data.
-        let _ = rustix::fs::fadvise(&self.plain, 0, None, Advice::DontNeed);
+        let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
         Ok(())
     }
 
-    /// Returns when data and length are on the medium.
-    pub(crate) fn sync(&self) -> Result<(), FormatError> {
-        self.plain.sync_all().map_err(|e| FormatError::io("sync", &self.path, self.len, e))
+    /// Cuts the file, written in whole 4 KiB, to its true length.
+    pub fn truncate(&mut self, len: u64) -> Result<(), FormatError> {
+        self.file.set_len(len).map_err(|e| FormatError::io("set the length of", &self.path, len, e))?;
+        self.len = len;
+        Ok(())
     }
 
-    fn refuse_direct(&self) {
-        self.refused.store(true, Ordering::Relaxed);
+    /// Returns when data and length are on the medium. Of a file that goes through the page cache
+    /// nothing stays cached, so what is read next is what the medium has.
+    pub fn sync(&self) -> Result<(), FormatError> {
+        self.file.sync_all().map_err(|e| FormatError::io("sync", &self.path, self.len, e))?;
+        if !self.is_direct() {
+            let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
+        }
+        Ok(())
+    }
+
+    /// From here on through the page cache, for every thread.
+    fn refuse_direct(&self) -> Result<(), FormatError> {
+        set_direct(&self.file, false).map_err(|e| FormatError::io("open", &self.path, 0, e.into()))?;
+        self.direct.store(false, Ordering::Relaxed);
+        Ok(())
     }
 
     /// The outer error is ours (no memory for the buffer), the inner the file's.
-    fn read_through_bounce(&self, file: &File, buf: &mut [u8], offset: u64) -> Result<io::Result<()>, FormatError> {
+    fn read_through_bounce(&self, buf: &mut [u8], offset: u64) -> Result<io::Result<()>, FormatError> {
         thread_local! {
             // One per thread that reads at odd offsets, kept: mapping 4 MiB anew for every small
             // tensor would cost more than reading it.
@@ -164,7 +206,7 @@ impl DirectFile {
                 let part = (buf.len() - done).min(bounce.len() - skip);
                 let window = (skip + part).next_multiple_of(DIRECT_ALIGN as usize);
                 let start = at - skip as u64;
-                if let Err(e) = self.read_at_least(file, &mut bounce[..window], start, skip + part) {
+                if let Err(e) = self.read_at_least(&mut bounce[..window], start, skip + part) {
                     return Ok(Err(e));
                 }
                 buf[done..done + part].copy_from_slice(&bounce[skip..skip + part]);
@@ -176,10 +218,10 @@ impl DirectFile {
 
     /// Reads until the first `need` bytes of `buf` are there. A short read is continued from the last
     /// aligned position, because O_DIRECT would refuse any other.
-    fn read_at_least(&self, file: &File, buf: &mut [u8], offset: u64, need: usize) -> io::Result<()> {
+    fn read_at_least(&self, buf: &mut [u8], offset: u64, need: usize) -> io::Result<()> {
         let (mut have, mut stalls) = (0, 0);
         loop {
-            match file.read_at(&mut buf[have..], offset + have as u64) {
+            match self.file.read_at(&mut buf[have..], offset + have as u64) {
                 Ok(n) if have + n >= need => return Ok(()),
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(n) => {
@@ -194,10 +236,10 @@ impl DirectFile {
         }
     }
 
-    fn write_all(&self, file: &File, buf: &[u8], offset: u64) -> io::Result<()> {
+    fn write_all(&self, buf: &[u8], offset: u64) -> io::Result<()> {
         let (mut done, mut stalls) = (0, 0);
         while done < buf.len() {
-            match file.write_at(&buf[done..], offset + done as u64) {
+            match self.file.write_at(&buf[done..], offset + done as u64) {
                 Ok(n) if done + n == buf.len() => return Ok(()),
                 Ok(n) => {
                     let next = aligned_down(done + n);
@@ -218,7 +260,7 @@ impl DirectFile {
         let from = start - start % DROP_WINDOW;
         let to = if end == self.len { end.next_multiple_of(DROP_WINDOW) } else { end - end % DROP_WINDOW };
         if let Some(len) = to.checked_sub(from).and_then(NonZeroU64::new) {
-            let _ = rustix::fs::fadvise(&self.plain, from, Some(len), Advice::DontNeed);
+            let _ = rustix::fs::fadvise(&self.file, from, Some(len), Advice::DontNeed);
         }
     }
 }
@@ -232,17 +274,16 @@ impl ReadAt for DirectFile {
 impl Drop for DirectFile {
     fn drop(&mut self) {
         if !self.is_direct() {
-            let _ = rustix::fs::fadvise(&self.plain, 0, None, Advice::DontNeed);
+            let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
         }
     }
 }
 
-fn open_direct(options: &mut OpenOptions, path: &Path) -> Result<Option<File>, FormatError> {
-    match options.custom_flags(OFlags::DIRECT.bits() as i32).open(path) {
-        Ok(file) => Ok(Some(file)),
-        Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(None),
-        Err(e) => Err(FormatError::io("open", path, 0, e)),
-    }
+/// INVAL where the file system has no O_DIRECT.
+fn set_direct(file: &File, on: bool) -> rustix::io::Result<()> {
+    let mut flags = rustix::fs::fcntl_getfl(file)?;
+    flags.set(OFlags::DIRECT, on);
+    rustix::fs::fcntl_setfl(file, flags)
 }
 
 fn is_aligned(buf: &[u8], offset: u64) -> bool {
@@ -302,7 +343,7 @@ mod tests {
         for refuse in [false, true] {
             let file = DirectFile::open(&path).expect("open");
             if refuse {
-                file.refuse_direct();
+                file.refuse_direct().expect("through the cache");
                 assert!(!file.is_direct());
             }
             for (start, n) in ranges {
@@ -341,14 +382,26 @@ mod tests {
         assert!(matches!(error, FormatError::Io { action: "read", .. }), "{error}");
     }
 
+    /// A checkpoint's shards are open all together.
+    #[test]
+    fn a_file_takes_one_descriptor() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("shard");
+        std::fs::write(&path, [7; 10]).expect("write");
+        let files: Vec<DirectFile> = (0..20).map(|_| DirectFile::open(&path).expect("open")).collect();
+        let link = |entry: io::Result<std::fs::DirEntry>| std::fs::read_link(entry.expect("entry").path()).ok();
+        let open = std::fs::read_dir("/proc/self/fd").expect("descriptors").filter_map(link);
+        assert_eq!(open.filter(|target| *target == path).count(), files.len());
+    }
+
     #[test]
     fn writes_reach_the_file_in_both_modes() {
         let dir = tempfile::tempdir().expect("tempdir");
         for refuse in [false, true] {
             let path = dir.path().join(format!("out{refuse}"));
-            let file = DirectFile::create(&path, 6 << 20).expect("create");
+            let mut file = DirectFile::create(&path, 6 << 20).expect("create");
             if refuse {
-                file.refuse_direct();
+                file.refuse_direct().expect("through the cache");
             }
             let mut buf = AlignedBuf::new(2 << 20).expect("buffer");
             buf.copy_from_slice(&pattern(2 << 20));
@@ -358,6 +411,8 @@ mod tests {
             assert_eq!(found.len(), 6 << 20);
             assert!(found[2 << 20..4 << 20] == buf[..]);
             assert!(found[..2 << 20].iter().chain(&found[4 << 20..]).all(|&b| b == 0));
+            file.truncate((4 << 20) - 5).expect("truncate");
+            assert_eq!((file.len(), std::fs::metadata(&path).expect("metadata").len()), (4_194_299, 4_194_299));
         }
     }
 }

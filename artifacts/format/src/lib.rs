@@ -7,7 +7,7 @@
 //! Invariants: what has the final name is complete; no byte of a rank file is handed out before its
 //! block's hash matched; nothing but RECEIPT.json depends on time, host, path or thread count.
 //! Absent on purpose: models (tensor names and dtypes are opaque text here), weight compression,
-//! signatures (SIGNATURE is a known name, its content is not this crate's business).
+//! what a signature says (SIGNATURE has the form of one; whose it is, is the caller's to judge).
 
 mod artifact;
 mod check;
@@ -22,10 +22,14 @@ mod load;
 mod manifest;
 mod map;
 mod members;
+mod minisign;
 mod parallel;
+mod partial;
 mod progress;
 mod rank_writer;
+mod receive;
 mod section;
+mod signature;
 mod verify;
 
 pub use artifact::Artifact;
@@ -39,6 +43,9 @@ pub use manifest::{
     ArtifactId, Canary, Digest, KernelRecord, KernelSetId, Manifest, Member, RankFile, Section, SourceId, StoredFile,
     Tensor, WeightSetId,
 };
+pub use partial::Partial;
 pub use progress::{NoProgress, Progress};
 pub use rank_writer::RankWriter;
+pub use receive::Receiving;
+pub use signature::SIGNATURE_BYTES_MAX;
 pub use verify::VerifyReport;

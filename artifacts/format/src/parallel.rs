@@ -7,6 +7,9 @@ use crate::error::FormatError;
 
 /// Runs `work` on every job with up to `threads` threads (at least one), each with its own state.
 /// Of several failures the one of the earliest job is returned.
+///
+/// Errors: those of `new_state` and `work`; [`FormatError::Thread`] when a thread cannot start, and
+/// then those that did stop early.
 pub(crate) fn for_each<J: Send, S>(
     jobs: Vec<J>,
     threads: usize,
@@ -40,7 +43,9 @@ pub(crate) fn for_each<J: Send, S>(
     };
     std::thread::scope(|scope| {
         for _ in 1..threads {
-            scope.spawn(run);
+            if let Err(source) = std::thread::Builder::new().spawn_scoped(scope, run) {
+                return fail(usize::MAX, FormatError::Thread { what: "a reading thread", source });
+            }
         }
         run();
     });

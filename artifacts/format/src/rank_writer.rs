@@ -70,11 +70,7 @@ impl RankWriter {
             let (layout, file) = (Arc::clone(&layout), file.clone());
             let work = move || work(&queue, &results, &layout, file.as_deref());
             let spawned = std::thread::Builder::new().name(format!("write rank {rank}")).spawn(work);
-            handles.push(spawned.map_err(|source| FormatError::Memory {
-                what: "a writer thread",
-                bytes: 0,
-                source,
-            })?);
+            handles.push(spawned.map_err(|source| FormatError::Thread { what: "a writing thread", source })?);
         }
         let hashes = layout.sections().iter().map(|section| vec![[0; 32]; block_count(section.len) as usize]).collect();
         Ok(RankWriter {

@@ -1,6 +1,6 @@
 //! Every stored byte of an artifact, judged: what is named must be exact, what is not named must be
-//! zero, and nothing else may lie in the directory. RECEIPT.json and SIGNATURE are known names
-//! whose content is not covered here.
+//! zero, and nothing else may lie in the directory. Of RECEIPT.json and SIGNATURE no byte is fixed:
+//! the one must not be empty, the other must have a signature's form.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,9 +11,11 @@ use crate::header::{
     BLOCK_BYTES, HEADER_BYTES, MANIFEST_FILE, RECEIPT_FILE, SECTION_ALIGN, SIGNATURE_FILE, rank_file_name,
 };
 use crate::io::{AlignedBuf, DirectFile};
+use crate::layout::RankLayout;
 use crate::load::{Block, blocks, read_verified};
 use crate::manifest::{Digest, RankFile, StoredFile};
 use crate::members;
+use crate::minisign;
 use crate::parallel::{default_threads, for_each};
 use crate::progress::Progress;
 use crate::section::first_nonzero;
@@ -26,12 +28,13 @@ pub struct VerifyReport {
     pub absent: Vec<u32>,
     /// Bytes read and judged.
     pub bytes: u64,
-    /// Whether SIGNATURE is there (it is not judged).
+    /// Whether SIGNATURE is there and has the form of one (whose it is, is not judged).
     pub signed: bool,
 }
 
 impl Artifact {
-    /// Reads and judges everything. Errors name the file and, in rank files, section, block and offset.
+    /// Reads and judges everything. Errors name the file and, in rank files, section, block and offset;
+    /// [`FormatError::NoRanks`] when no weights are here to judge.
     pub fn verify(&self, progress: &dyn Progress) -> Result<VerifyReport, FormatError> {
         // Again, from disk: what was opened may have changed since.
         let now = Artifact::open(self.path())?;
@@ -41,10 +44,14 @@ impl Artifact {
                 found: "another one than when it was opened".into(),
             });
         }
+        if now.present_ranks().is_empty() {
+            return Err(FormatError::NoRanks { path: self.path().to_path_buf(), tp: self.manifest().tp });
+        }
         now.verify_contents(progress)
     }
 
-    fn verify_contents(&self, progress: &dyn Progress) -> Result<VerifyReport, FormatError> {
+    /// All files that are here, of whichever ranks.
+    pub(crate) fn verify_contents(&self, progress: &dyn Progress) -> Result<VerifyReport, FormatError> {
         let signed = self.check_names()?;
         let manifest = self.manifest();
         let stored: Vec<_> = std::iter::once(&manifest.meta).chain(&manifest.kernel_files).collect();
@@ -63,7 +70,8 @@ impl Artifact {
         Ok(VerifyReport { ranks: self.present_ranks().to_vec(), absent, bytes, signed })
     }
 
-    /// Every name in the directory is expected. Returns whether SIGNATURE is among them.
+    /// Every name in the directory is expected and of a file with something in it. Returns whether
+    /// SIGNATURE is among them.
     fn check_names(&self) -> Result<bool, FormatError> {
         let manifest = self.manifest();
         let mut known = BTreeSet::from([MANIFEST_FILE.to_string(), RECEIPT_FILE.into(), SIGNATURE_FILE.into()]);
@@ -73,19 +81,26 @@ impl Artifact {
             known.insert(manifest.meta.name.clone());
         }
         let examine = |e| FormatError::io("examine", self.path(), 0, e);
-        let mut signed = false;
         for entry in fs::read_dir(self.path()).map_err(examine)? {
             let name = entry.map_err(examine)?.file_name();
-            if !name.to_str().is_some_and(|name| known.contains(name)) {
+            let path = self.path().join(&name);
+            let meta = fs::metadata(&path).map_err(|e| FormatError::io("examine", &path, 0, e))?;
+            if !meta.is_file() || !name.to_str().is_some_and(|name| known.contains(name)) {
+                let found = if meta.is_file() { "" } else { ", which is no file" };
                 return Err(FormatError::UnknownFile {
-                    path: self.path().join(&name),
+                    path,
                     expected: known.into_iter().collect::<Vec<_>>().join(", "),
-                    found: name.to_string_lossy().into_owned(),
+                    found: format!("{:?}{found}", name.to_string_lossy()),
                 });
             }
-            signed |= name == SIGNATURE_FILE;
+            if meta.len() == 0 {
+                return Err(FormatError::Empty { file: path });
+            }
         }
-        Ok(signed)
+        match self.signature()? {
+            Some(bytes) => minisign::check(&bytes, &self.path().join(SIGNATURE_FILE)).map(|()| true),
+            None => Ok(false),
+        }
     }
 
     fn verify_stored(&self, stored: &StoredFile) -> Result<(), FormatError> {
@@ -110,30 +125,39 @@ impl Artifact {
     }
 
     fn verify_rank(&self, rank: &RankFile, progress: &dyn Progress) -> Result<(), FormatError> {
-        let file = self.open_rank(rank)?;
-        let mut head = AlignedBuf::new(SECTION_ALIGN as usize)?;
-        file.read_exact_at(&mut head, 0)?;
-        require_zero(&head[HEADER_BYTES..], HEADER_BYTES as u64, &file)?;
-        progress.add(SECTION_ALIGN + HEADER_BYTES as u64);
-        let layout = self.layout(rank.rank)?;
-        let gaps: Vec<_> = layout.sections().iter().map(|section| section.gaps()).collect();
-        let buffer = || AlignedBuf::named(BLOCK_BYTES as usize, "a block to verify");
-        for_each(blocks(rank), default_threads(), buffer, |buf, block: Block<'_>| {
-            let bytes = &mut buf[..block.len];
-            read_verified(&file, file.path(), &block, bytes)?;
-            // The hash says these are the bytes that were written; the format says padding is zero.
-            let (start, end) = (block.index * BLOCK_BYTES, block.index * BLOCK_BYTES + block.len as u64);
-            let gaps = &gaps[block.section_index];
-            let first = gaps.partition_point(|&(_, gap_end)| gap_end <= start);
-            for &(gap_start, gap_end) in gaps[first..].iter().take_while(|gap| gap.0 < end) {
-                let (from, to) = (gap_start.max(start) - start, gap_end.min(end) - start);
-                let base = block.file_offset + from;
-                require_zero(&bytes[from as usize..to as usize], base, &file)?;
-            }
-            progress.add(block.len as u64);
-            Ok(())
-        })
+        verify_blocks(&self.open_rank(rank)?, rank, self.layout(rank.rank)?, progress)
     }
+}
+
+/// All of a rank's file but its superblocks: blocks as recorded, everything between tensors zero.
+/// Counts the whole file's length.
+pub(crate) fn verify_blocks(
+    file: &DirectFile,
+    rank: &RankFile,
+    layout: &RankLayout,
+    progress: &dyn Progress,
+) -> Result<(), FormatError> {
+    let mut head = AlignedBuf::new(SECTION_ALIGN as usize)?;
+    file.read_exact_at(&mut head, 0)?;
+    require_zero(&head[HEADER_BYTES..], HEADER_BYTES as u64, file)?;
+    progress.add(SECTION_ALIGN + HEADER_BYTES as u64);
+    let gaps: Vec<_> = layout.sections().iter().map(|section| section.gaps()).collect();
+    let buffer = || AlignedBuf::named(BLOCK_BYTES as usize, "a block to verify");
+    for_each(blocks(rank), default_threads(), buffer, |buf, block: Block<'_>| {
+        let bytes = &mut buf[..block.len];
+        read_verified(file, file.path(), &block, bytes)?;
+        // The hash says these are the bytes that were written; the format says padding is zero.
+        let (start, end) = (block.index * BLOCK_BYTES, block.index * BLOCK_BYTES + block.len as u64);
+        let gaps = &gaps[block.section_index];
+        let first = gaps.partition_point(|&(_, gap_end)| gap_end <= start);
+        for &(gap_start, gap_end) in gaps[first..].iter().take_while(|gap| gap.0 < end) {
+            let (from, to) = (gap_start.max(start) - start, gap_end.min(end) - start);
+            let base = block.file_offset + from;
+            require_zero(&bytes[from as usize..to as usize], base, file)?;
+        }
+        progress.add(block.len as u64);
+        Ok(())
+    })
 }
 
 fn require_zero(bytes: &[u8], base: u64, file: &DirectFile) -> Result<(), FormatError> {

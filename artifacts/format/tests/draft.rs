@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 
 use dsv4_format::{Artifact, Draft, DraftOptions, FormatError, NoProgress, Outcome, RankLayout};
-use support::{input, layouts, pack, pack_with, plans, write_rank};
+use support::{flip, input, layouts, pack, pack_with, plans, write_rank};
 
 fn entries(dir: &Path) -> Vec<String> {
     let name = |entry: std::io::Result<fs::DirEntry>| entry.expect("entry").file_name().into_string().expect("name");
@@ -56,21 +56,114 @@ fn another_artifact_is_replaced_only_by_force() {
 }
 
 #[test]
-fn the_same_artifact_damaged_or_without_a_rank_is_not_taken_for_whole() {
+fn the_same_artifact_damaged_is_not_taken_for_whole() {
     let dir = tempfile::tempdir().expect("tempdir");
     let out = dir.path().join("a.dsv4");
     pack(&out);
+    let again = |force| pack_with(&out, 1 << 20, "{}", None, force);
+    // In a block, between two sections' tensors, in a compressed file, in MANIFEST.
+    for (name, at) in [("rank1.weights", 5 << 20), ("rank0.weights", 1 << 20), ("meta", 20), ("MANIFEST", 5000)] {
+        flip(&out.join(name), at);
+        let error = again(false).expect_err("damaged");
+        assert!(matches!(error, FormatError::Exists { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("a damaged one") && text.contains(name) && text.contains("--force"), "{text}");
+        assert_eq!(text.matches("help:").count(), 1, "{text}");
+        assert_eq!(again(true).expect("force").outcome, Outcome::Replaced);
+        Artifact::open(&out).expect("open").verify(&NoProgress).expect("whole");
+    }
+    assert_eq!(entries(dir.path()), ["a.dsv4"]);
+}
+
+#[test]
+fn ranks_packed_one_after_another_join() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (out, whole) = (dir.path().join("a.dsv4"), dir.path().join("whole.dsv4"));
+    pack(&whole);
+    let rank = |rank, config, force| pack_with(&out, 1 << 20, config, Some(rank), force).map(|done| done.outcome);
+    assert_eq!(rank(0, "{}", false).expect("first"), Outcome::Created);
+    let receipt = fs::read(out.join("RECEIPT.json")).expect("receipt");
+    assert_eq!(rank(1, "{}", false).expect("second"), Outcome::RankAdded);
+    assert_eq!(rank(1, "{}", false).expect("again"), Outcome::AlreadyThere);
+    for name in ["MANIFEST", "meta", "rank0.weights", "rank1.weights"] {
+        assert!(fs::read(out.join(name)).expect("read") == fs::read(whole.join(name)).expect("read"), "{name}");
+    }
+    assert_eq!(fs::read(out.join("RECEIPT.json")).expect("receipt"), receipt);
+
+    // One pack of all ranks adds what is lacking too, even if that is everything.
+    fs::remove_file(out.join("rank0.weights")).expect("remove");
+    assert_eq!(pack_with(&out, 1 << 20, "{}", None, false).expect("all").outcome, Outcome::RankAdded);
+    fs::remove_file(out.join("rank0.weights")).expect("remove");
     fs::remove_file(out.join("rank1.weights")).expect("remove");
-    let error = pack_with(&out, 1 << 20, "{}", None, false).expect_err("lacks a rank");
-    assert!(error.to_string().contains("without rank 1"), "{error}");
-    let outcome = pack_with(&out, 1 << 20, "{}", Some(0), false).expect("rank 0 is there").outcome;
-    assert_eq!(outcome, Outcome::AlreadyThere);
-    fs::write(out.join("MANIFEST"), b"x").expect("damage");
-    let error = pack_with(&out, 1 << 20, "{}", None, false).expect_err("damaged");
+    assert_eq!(rank(1, "{}", false).expect("the only one"), Outcome::RankAdded);
+    assert_eq!(Artifact::open(&out).expect("open").present_ranks(), [1]);
+
+    // A damaged artifact takes no more ranks, and another one none at all.
+    flip(&out.join("rank1.weights"), 5 << 20);
+    let error = rank(0, "{}", false).expect_err("damaged");
     assert!(error.to_string().contains("a damaged one"), "{error}");
-    let outcome = pack_with(&out, 1 << 20, "{}", None, true).expect("force").outcome;
-    assert_eq!(outcome, Outcome::Replaced);
+    let error = rank(0, "{\"x\":2}", false).expect_err("another artifact");
+    assert!(matches!(error, FormatError::Exists { .. }), "{error}");
+    assert_eq!(Artifact::open(&out).expect("open").present_ranks(), [1]);
+    assert_eq!(entries(dir.path()), ["a.dsv4", "whole.dsv4"]);
+}
+
+/// Replacing one rank's file, or the small files around it, does not cost the other rank's.
+#[test]
+fn force_keeps_the_other_rank_of_the_same_weights() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let out = dir.path().join("a.dsv4");
+    pack(&out);
+    flip(&out.join("rank1.weights"), 5 << 20);
+    flip(&out.join("MANIFEST"), 5000);
+    let rank1 = |config| pack_with(&out, 1 << 20, config, Some(1), true).expect("force").outcome;
+    assert_eq!(rank1("{}"), Outcome::Replaced);
+    let report = Artifact::open(&out).expect("open").verify(&NoProgress).expect("whole");
+    assert_eq!(report.ranks, [0, 1]);
+    // Another config, the same weights.
+    assert_eq!(rank1("{\"x\":2}"), Outcome::Replaced);
     assert_eq!(Artifact::open(&out).expect("open").present_ranks(), [0, 1]);
+    // What is not this weight set's is not taken along.
+    flip(&out.join("rank0.weights"), 40);
+    assert_eq!(rank1("{}"), Outcome::Replaced);
+    assert_eq!(Artifact::open(&out).expect("open").present_ranks(), [1]);
+    assert_eq!(entries(dir.path()), ["a.dsv4"]);
+}
+
+#[test]
+fn what_the_disk_did_not_keep_is_found_by_reading_back() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let out = dir.path().join("a.dsv4");
+    let read_back = |damage: &dyn Fn(&Path)| {
+        let mut draft = create(&out).expect("draft");
+        let ranks: Vec<_> = (0..2).map(|rank| write_rank(&mut draft, rank, 1 << 20)).collect();
+        damage(&dir.path().join(".a.dsv4.partial"));
+        draft.read_back(&ranks, &NoProgress)
+    };
+    read_back(&|_| ()).expect("whole");
+    // The first section begins at 2 MiB.
+    let error = read_back(&|partial| flip(&partial.join("rank1.weights"), (2 << 20) + (5 << 20))).expect_err("a flip");
+    let FormatError::ReadBack { ref file, ref section, block, offset, .. } = error else { panic!("{error}") };
+    assert!(file.ends_with(".a.dsv4.partial/rank1.weights") && section == "embedding", "{error}");
+    assert_eq!((block, offset), (1, 6 << 20));
+    let error = read_back(&|partial| flip(&partial.join("rank0.weights"), 5000)).expect_err("before the sections");
+    assert!(matches!(error, FormatError::Padding { offset: 5000, .. }), "{error}");
+    assert!(entries(dir.path()).is_empty());
+}
+
+#[test]
+fn a_partial_with_somebodys_files_is_left_alone() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let partial = dir.path().join(".a.dsv4.partial");
+    fs::create_dir(&partial).expect("dir");
+    for name in ["MANIFEST", "thesis.txt"] {
+        fs::write(partial.join(name), b"years of work").expect("write");
+    }
+    let error = create(&dir.path().join("a.dsv4")).err().expect("occupied");
+    assert!(matches!(error, FormatError::Occupied { ref path, .. } if *path == partial), "{error}");
+    assert!(error.to_string().contains("thesis.txt"), "{error}");
+    assert_eq!(entries(&partial), ["MANIFEST", "thesis.txt"]);
+    assert_eq!(entries(dir.path()), [".a.dsv4.partial"]);
 }
 
 #[test]
@@ -99,7 +192,7 @@ fn what_is_not_an_artifact_is_never_overwritten() {
     let ranks = (0..2).map(|rank| write_rank(&mut draft, rank, 1 << 20)).collect();
     fs::create_dir(&late).expect("dir");
     fs::write(late.join("notes"), b"mine").expect("write");
-    let error = draft.commit(input(ranks, "{}"), true).expect_err("occupied");
+    let error = draft.commit(input(ranks, "{}"), true, &NoProgress).expect_err("occupied");
     assert!(matches!(error, FormatError::Occupied { .. }), "{error}");
     assert_eq!(entries(&late), ["notes"]);
 }
@@ -112,7 +205,7 @@ fn a_second_packer_is_refused_while_the_first_lives() {
     let error = create(&out).err().expect("busy");
     assert!(matches!(error, FormatError::Busy { .. }), "{error}");
     let ranks = (0..2).map(|rank| write_rank(&mut first, rank, 1 << 20)).collect();
-    first.commit(input(ranks, "{}"), false).expect("commit");
+    first.commit(input(ranks, "{}"), false, &NoProgress).expect("commit");
     drop(create(&out).expect("free again"));
     assert_eq!(entries(dir.path()), ["a.dsv4"]);
 }
@@ -179,7 +272,7 @@ fn contradicting_input_is_refused() {
         let ranks = (0..2).map(|rank| write_rank(&mut draft, rank, 5)).collect();
         let mut input = input(ranks, "{}");
         change(&mut input);
-        let error = draft.commit(input, false).expect_err(expected);
+        let error = draft.commit(input, false, &NoProgress).expect_err(expected);
         assert!(error.to_string().contains(expected), "{error}");
         assert!(entries(dir.path()).is_empty());
     };

@@ -244,13 +244,58 @@ fn missing_foreign_and_swapped_files_are_named() {
         assert!(matches!(error, FormatError::UnknownFile { ref path, .. } if *path == stray), "{error}");
         fs::remove_file(&stray).expect("remove");
     }
-    for (name, signed) in [("RECEIPT.json", false), ("SIGNATURE", true)] {
-        fs::write(artifact.path.join(name), b"anything").expect("write");
-        let report = Artifact::open(&artifact.path).expect("open").verify(&NoProgress).expect("not judged");
-        assert_eq!(report.signed, signed);
+    // Rank 1 has the same bytes wherever it lies: it may be a link to another disk, not a directory.
+    fs::rename(&one, &aside).expect("rename");
+    std::os::unix::fs::symlink(&aside, &one).expect("link");
+    verify(&artifact.path).expect("a link to the file");
+}
+
+#[test]
+fn receipt_and_signature_have_a_form_but_no_fixed_bytes() {
+    let artifact = packed(|path| {
+        pack_small(path);
+    });
+    let [receipt, signature] = ["RECEIPT.json", "SIGNATURE"].map(|name| artifact.path.join(name));
+    let report = || Artifact::open(&artifact.path).expect("open").verify(&NoProgress);
+    fs::write(&receipt, b"anything").expect("write");
+    assert!(!report().expect("the receipt is not judged").signed);
+    for file in [&receipt, &signature] {
+        fs::write(file, b"").expect("write");
+        let error = report().expect_err("empty");
+        assert!(matches!(error, FormatError::Empty { file: ref named } if named == file), "{error}");
+        fs::remove_file(file).expect("remove");
+        verify(&artifact.path).expect("may be deleted");
     }
-    fs::remove_file(artifact.path.join("RECEIPT.json")).expect("remove");
-    verify(&artifact.path).expect("the receipt may be deleted");
+    let (zeros, more_zeros) = ("A".repeat(99) + "=", "A".repeat(86) + "==");
+    let good = format!("untrusted comment: a\n{zeros}\ntrusted comment: b\n{more_zeros}\n");
+    fs::write(&signature, &good).expect("write");
+    assert!(report().expect("the form of a signature").signed);
+    let mut long = good.clone().into_bytes();
+    long.resize(20 << 10, b'\n');
+    for bad in [b"anything".to_vec(), good.replace("trusted comment: b", "trusted").into_bytes()] {
+        fs::write(&signature, bad).expect("write");
+        let error = report().expect_err("no signature");
+        assert!(matches!(error, FormatError::Signature { .. }), "{error}");
+    }
+    fs::write(&signature, long).expect("write");
+    assert!(matches!(report().expect_err("too long"), FormatError::TooLarge { .. }));
+    fs::remove_file(&signature).expect("remove");
+    fs::create_dir(&receipt).expect("dir");
+    let error = report().expect_err("a directory");
+    assert!(matches!(error, FormatError::UnknownFile { .. }) && error.to_string().contains("no file"), "{error}");
+}
+
+#[test]
+fn without_any_rank_nothing_was_verified() {
+    let artifact = packed(|path| {
+        pack(path);
+    });
+    for rank in 0..2 {
+        fs::remove_file(artifact.path.join(format!("rank{rank}.weights"))).expect("remove");
+    }
+    Artifact::open(&artifact.path).expect("its MANIFEST can be read");
+    let error = verify(&artifact.path).expect_err("no ranks");
+    assert!(matches!(error, FormatError::NoRanks { tp: 2, .. }), "{error}");
 }
 
 #[test]

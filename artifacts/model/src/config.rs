@@ -126,6 +126,14 @@ impl Fields<'_> {
         if self.map.contains_key(field) { self.exactly(field, expected) } else { Ok(()) }
     }
 
+    /// Refuses fields whose meaning is not known here.
+    fn only(&self, known: &[&str]) -> Result<(), ModelError> {
+        match self.map.iter().find(|(name, _)| !known.contains(&name.as_str())) {
+            Some((name, value)) => Err(wrong(self.name(name), "no such field", shown(Some(value)))),
+            None => Ok(()),
+        }
+    }
+
     fn object(&self, field: &str, prefix: &'static str) -> Result<Fields<'_>, ModelError> {
         match self.map.get(field) {
             Some(Value::Object(map)) => Ok(Fields { prefix, map }),
@@ -169,12 +177,19 @@ impl ModelConfig {
         f.exactly_if_present("tie_word_embeddings", false.into())?;
         f.exactly_if_present("attention_bias", false.into())?;
         f.exactly_if_present("expert_dtype", "fp4".into())?;
+        // Fields of neighbouring models: with another value they would mean another computation.
+        f.exactly_if_present("mlp_bias", false.into())?;
+        f.exactly_if_present("n_group", 1.into())?;
+        f.exactly_if_present("topk_group", 1.into())?;
         let quant = f.object("quantization_config", "quantization_config.")?;
+        quant.only(&["quant_method", "fmt", "scale_fmt", "weight_block_size", "activation_scheme"])?;
+        quant.exactly_if_present("activation_scheme", "dynamic".into())?;
         quant.exactly("quant_method", "fp8".into())?;
         quant.exactly("fmt", "e4m3".into())?;
         quant.exactly("scale_fmt", "ue8m0".into())?;
         quant.exactly("weight_block_size", vec![TILE, TILE].into())?;
         let scaling = f.object("rope_scaling", "rope_scaling.")?;
+        scaling.only(&["type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"])?;
         scaling.exactly("type", "yarn".into())?;
 
         let layers = f.int("num_hidden_layers", 1, 512)? as u32;
@@ -261,7 +276,11 @@ impl ModelConfig {
             let expected = format!("at most n_routed_experts = {}", self.n_routed_experts);
             return Err(wrong("num_experts_per_tok", expected, self.num_experts_per_tok.to_string()));
         }
-        for (field, id) in [("bos_token_id", self.bos_token_id), ("eos_token_id", self.eos_token_id)] {
+        let mut ids = vec![("bos_token_id", self.bos_token_id), ("eos_token_id", self.eos_token_id)];
+        if let Draft::DSpark { noise_token_id, .. } = self.draft {
+            ids.push(("dspark_noise_token_id", noise_token_id));
+        }
+        for (field, id) in ids {
             if id >= self.vocab_size {
                 return Err(wrong(field, format!("less than vocab_size = {}", self.vocab_size), id.to_string()));
             }
@@ -369,9 +388,16 @@ mod tests {
             ("index_head_dim", 96.into()),
             ("quantization_config", Value::Null),
             ("eos_token_id", 5000.into()),
+            ("n_group", 8.into()),
         ] {
             let text = with(field, value).to_string();
             assert!(text.contains(field), "{field}: {text}");
+        }
+        for (object, field) in [("rope_scaling", "mscale"), ("quantization_config", "modules_to_not_convert")] {
+            let mut root: Value = serde_json::from_str(NANO).unwrap();
+            root[object][field] = 1.into();
+            let text = ModelConfig::parse(&root.to_string()).unwrap_err().to_string();
+            assert!(text.contains(&format!("{object}.{field}")), "{text}");
         }
         assert!(matches!(ModelConfig::parse("{"), Err(ModelError::Json { .. })));
     }

@@ -44,7 +44,7 @@ pub fn op_contract() -> String {
         Op::HcHead,
         Op::Logits,
     ];
-    for (ratio, hashed) in [(0, true), (0, false), (4, true), (4, false), (128, false)] {
+    for (ratio, hashed) in [0, 4, 128].into_iter().flat_map(|ratio| [(ratio, true), (ratio, false)]) {
         out += &format!("layer ratio {ratio}, {}\n", if hashed { "hashed" } else { "biased" });
         let layer = LayerSpec { block: Block::Layer(0), ratio, hashed };
         for op in ops {

@@ -22,6 +22,11 @@ impl Model {
         &self.layers
     }
 
+    /// Whether there is a multi-token-prediction block.
+    pub fn has_mtp(&self) -> bool {
+        self.draft.len() == 1
+    }
+
     /// Runs the trunk over the current step: the streams after the last layer.
     pub fn trunk<B: Backend>(&self, b: &mut B) -> Result<B::Streams, B::Error> {
         let embedded = b.embed()?;

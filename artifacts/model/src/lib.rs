@@ -1,10 +1,12 @@
 //! What packer and runtime must agree on about the model.
 //!
 //! One description of DeepSeek-V4: its sizes ([`config`]), its tensors and how ranks share them
-//! ([`tensors`], [`partition`], [`layout`]), its operations ([`ops`]) and the order in which they
-//! run ([`forward`]). [`trace`] runs that same forward pass without computing and [`contract`]
-//! prints the description as text under a hash. Pure: no I/O, no GPU, no unsafe.
+//! ([`tensors`], [`partition`], [`layout`]), what it keeps between steps ([`cache`]), its operations
+//! ([`ops`]) and the order in which they run ([`forward`]). [`trace`] runs that same forward pass
+//! without computing and [`contract`] prints the description as text under a hash. Pure: no I/O, no
+//! GPU, no unsafe.
 
+pub mod cache;
 pub mod config;
 pub mod contract;
 pub mod error;

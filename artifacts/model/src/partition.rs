@@ -61,17 +61,17 @@ impl Partition {
     /// `tensor` names the offender in the message.
     pub fn range(self, tensor: &str, dim: usize, len: u64, tp: Tp) -> Result<Range<u64>, ModelError> {
         let unit = match self {
-            Partition::Split { dim: cut, unit } if cut == dim => unit,
+            Partition::Split { dim: cut, unit } if cut == dim && tp.size > 1 => unit,
             _ => return Ok(0..len),
         };
         let ranks = u64::from(tp.size);
         if unit == 0 || !len.is_multiple_of(unit * ranks) {
             let fits: Vec<String> = [1u64, 2, 4, 8]
                 .iter()
-                .filter(|n| unit != 0 && len.is_multiple_of(unit * **n))
+                .filter(|n| **n == 1 || (unit != 0 && len.is_multiple_of(unit * **n)))
                 .map(u64::to_string)
                 .collect();
-            let fits = format!("this tensor can be cut for --tp {}", fits.join(", "));
+            let fits = format!("this tensor fits --tp {}", fits.join(", "));
             return Err(ModelError::Indivisible { tensor: tensor.to_owned(), len, unit, ranks: tp.size, fits });
         }
         let part = len / ranks;
@@ -107,5 +107,6 @@ mod tests {
         let text = error.to_string();
         assert!(text.contains("layers.0.attn.wo_a") && text.contains("--tp 1, 2"), "{text}");
         assert!(Tp::new(0, 3).is_err());
+        assert_eq!(split.range("t", 0, 100, Tp::ONE).unwrap(), 0..100, "one rank cuts nothing");
     }
 }

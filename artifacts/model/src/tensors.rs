@@ -107,9 +107,8 @@ dims! {
     TAPS = "taps*D", |c, _r| taps(c) * c.hidden_size;
     // Units of a cut. A rank's heads are exactly those of its output groups, so both are cut by
     // groups; no cut falls inside an FP8 tile or an activation quantisation group.
-    U_VOCAB = "16", |_c, _r| 16;
-    U_HEADS = "H/G", |c, _r| c.num_attention_heads / c.o_groups * group_step(c);
-    U_QROWS = "lcm(H*d/G,128)", |c, _r| c.num_attention_heads / c.o_groups * c.head_dim * group_step(c);
+    U_HEADS = "H/G*lcm(Ro,128)/Ro", |c, _r| c.num_attention_heads / c.o_groups * group_step(c);
+    U_QROWS = "H*d/G*lcm(Ro,128)/Ro", |c, _r| c.num_attention_heads / c.o_groups * c.head_dim * group_step(c);
     U_GROUPS = "lcm(Ro,128)", |c, _r| lcm(c.o_lora_rank, TILE);
     U_TILE = "128", |_c, _r| TILE;
 }
@@ -215,8 +214,8 @@ pub enum Kind {
 
 table! {
     GLOBAL {
-        Embed = "embed.weight" Bf16 [V, D] cut 0 by U_VOCAB : EmbedHead;
-        Head = "head.weight" Bf16 [V, D] cut 0 by U_VOCAB : EmbedHead;
+        Embed = "embed.weight" Bf16 [V, D] cut 0 by ONE : EmbedHead;
+        Head = "head.weight" Bf16 [V, D] cut 0 by ONE : EmbedHead;
         Norm = "norm.weight" Bf16 [D] : NormsAndHead;
         HcHeadFn = "hc_head_fn" F32 [M, MD] : NormsAndHead;
         HcHeadBase = "hc_head_base" F32 [M] : NormsAndHead;

@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Condvar, Mutex, MutexGuard};
 
+use dsv4_format::FormatError;
 use dsv4_model::tensors::StoredTensor;
 
 use crate::checkpoint::Checkpoint;
@@ -101,19 +102,23 @@ impl<'a> Reader<'a> {
 
     /// Calls `consume` with every tile, in order, on this thread.
     ///
-    /// Errors: the first one in tile order, from reading or from `consume`; then nothing more is read.
+    /// Errors: the first one in tile order, from reading or from `consume`, or a thread that cannot
+    /// start; then nothing more is read.
     pub fn run(&self, mut consume: impl FnMut(&Ready) -> Result<(), CompileError>) -> Result<(), CompileError> {
         let tiles = Mutex::new(tiles(self.plan, self.tile_bytes).enumerate());
         let gate = Gate::new(self.window);
         let spare = Mutex::new(Vec::new());
         let (results, ready) = channel();
         std::thread::scope(|scope| {
+            // Before the threads: when one of them cannot start, the others must not wait for places.
+            let _closer = Closer(&gate);
             for _ in 0..self.jobs {
                 let (results, tiles, gate, spare) = (results.clone(), &tiles, &gate, &spare);
-                scope.spawn(move || self.work(tiles, gate, spare, results));
+                let work = move || self.work(tiles, gate, spare, results);
+                let started = std::thread::Builder::new().spawn_scoped(scope, work);
+                started.map_err(|source| FormatError::Thread { what: "a reading thread", source })?;
             }
             drop(results);
-            let _closer = Closer(&gate);
             let mut early = BTreeMap::new();
             let mut next = 0;
             while let Ok((index, result)) = ready.recv() {

@@ -1,25 +1,19 @@
-//! Writes one safetensors file front to back, past the page cache where the file system lets it.
+//! Writes one safetensors file front to back, past the page cache.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use dsv4_format::io::{AlignedBuf, DIRECT_ALIGN};
+use dsv4_format::io::{AlignedBuf, DIRECT_ALIGN, DirectFile};
 use dsv4_model::tensors::StoredTensor;
 use serde_json::json;
 
 use crate::error::CompileError;
 
 const BUFFER_BYTES: usize = 4 << 20;
-/// From the kernel's fcntl.h.
-const O_DIRECT: i32 = if cfg!(any(target_arch = "aarch64", target_arch = "arm")) { 0o200_000 } else { 0o40_000 };
 
 /// Takes the bytes of the announced tensors, in order and without gaps.
 pub struct ShardWriter {
-    path: PathBuf,
-    file: File,
+    file: DirectFile,
     buffer: AlignedBuf,
     filled: usize,
     written: u64,
@@ -28,26 +22,22 @@ pub struct ShardWriter {
 }
 
 impl ShardWriter {
-    /// Creates the file and writes the header of `tensors`, which follow in this order.
+    /// Creates the file, reserves its space and writes the header of `tensors`, which follow in this
+    /// order.
     pub fn create<'a>(
         path: &Path,
         tensors: impl Iterator<Item = &'a StoredTensor>,
     ) -> Result<ShardWriter, CompileError> {
-        let header = header(tensors);
-        let open = |flags| OpenOptions::new().write(true).create(true).truncate(true).custom_flags(flags).open(path);
-        let opened = match open(O_DIRECT) {
-            Err(e) if e.kind() == ErrorKind::InvalidInput => open(0),
-            other => other,
-        };
+        let (header, data_bytes) = header(tensors);
+        let total = header.len() as u64 + data_bytes;
         let mut writer = ShardWriter {
-            path: path.to_path_buf(),
-            file: opened.map_err(CompileError::io("create", path))?,
+            file: DirectFile::create(path, total.next_multiple_of(DIRECT_ALIGN))?,
             buffer: AlignedBuf::new(BUFFER_BYTES)?,
             filled: 0,
             written: 0,
-            total: header.0.len() as u64 + header.1,
+            total,
         };
-        writer.append(&header.0)?;
+        writer.append(&header)?;
         Ok(writer)
     }
 
@@ -65,19 +55,19 @@ impl ShardWriter {
         Ok(())
     }
 
-    /// Writes the rest, rounded up as O_DIRECT wants it, and cuts the file to its length.
+    /// Writes the rest, rounded up as O_DIRECT wants it, cuts the file to its length and syncs it.
     pub fn finish(mut self) -> Result<(), CompileError> {
         assert_eq!(self.written + self.filled as u64, self.total, "bytes of the announced tensors");
         let filled = self.filled;
-        self.buffer[filled..].fill(0);
-        self.flush(filled.next_multiple_of(DIRECT_ALIGN as usize))?;
-        let path = &self.path;
-        self.file.set_len(self.total).map_err(CompileError::io("set the length of", path))?;
-        self.file.sync_all().map_err(CompileError::io("sync", path))
+        let padded = filled.next_multiple_of(DIRECT_ALIGN as usize);
+        self.buffer[filled..padded].fill(0);
+        self.flush(padded)?;
+        self.file.truncate(self.total)?;
+        Ok(self.file.sync()?)
     }
 
     fn flush(&mut self, bytes: usize) -> Result<(), CompileError> {
-        self.file.write_all(&self.buffer[..bytes]).map_err(CompileError::io("write", &self.path))?;
+        self.file.write_all_at(&self.buffer[..bytes], self.written)?;
         self.written += bytes as u64;
         self.filled = 0;
         Ok(())

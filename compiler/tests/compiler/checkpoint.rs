@@ -137,6 +137,22 @@ fn a_long_report_is_cut_and_counted() {
     assert!(text.lines().count() < 60, "{text}");
 }
 
+/// A config of a few bytes asks for a million names; none is made.
+#[test]
+fn a_config_of_a_far_larger_model_is_refused_by_the_numbers() {
+    let error = damaged(|dir, _| {
+        let path = dir.join("config.json");
+        let config = fs::read_to_string(&path).unwrap();
+        fs::write(path, config.replace("\"n_routed_experts\": 8", "\"n_routed_experts\": 16384")).unwrap();
+    });
+    let CompileError::TensorCount { expected, found, .. } = error else { panic!("{error}") };
+    // 5 blocks of 16376 experts more, three matrices with scales each.
+    assert_eq!(expected - found, 5 * 16_376 * 6);
+    assert!(error.to_string().contains("help:"), "{error}");
+    let error = damaged(|_, shard| *shard = Shard { header: "{}".into(), data: Vec::new() });
+    assert!(matches!(error, CompileError::TensorCount { found: 0, .. }), "{error}");
+}
+
 #[test]
 fn another_model_is_refused_by_the_field() {
     let error = damaged(|dir, _| {

@@ -1,7 +1,8 @@
 //! The command's contract: exit codes, what goes to stdout, JSON keys.
 
+use std::fs::File;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -12,13 +13,13 @@ fn dsv4c(args: &[&str], dir: &Path) -> Output {
 }
 
 /// Exit code, stdout, stderr.
-fn run(args: &[&str], dir: &Path) -> (i32, String, String) {
+pub fn run(args: &[&str], dir: &Path) -> (i32, String, String) {
     let out = dsv4c(args, dir);
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     (out.status.code().unwrap(), text(out.stdout), text(out.stderr))
 }
 
-fn json(args: &[&str], dir: &Path) -> Value {
+pub fn json(args: &[&str], dir: &Path) -> Value {
     let (code, out, err) = run(args, dir);
     assert_eq!((code, err.as_str()), (0, ""), "{args:?}");
     serde_json::from_str(&out).unwrap()
@@ -114,4 +115,111 @@ fn plan_of_the_real_model() {
     let (code, text, _) = run(&["plan", config, "--tp", "2"], temp.path());
     assert!(code == 0 && text.contains("159609485896") && text.contains("layers.42"), "{text}");
     assert_eq!(json(&["plan", NANO, "--tp", "1", "--json"], temp.path())["tensors"], 754);
+}
+
+/// Runs the command under a limit of the shell's `ulimit`; one that hangs is ended with code 124.
+fn limited(limit: &str, args: &[&str], dir: &Path) -> (i32, String) {
+    let script = format!("ulimit {limit} && exec timeout 60 \"$0\" \"$@\"");
+    let mut command = Command::new("sh");
+    command.args(["-c", &script, env!("CARGO_BIN_EXE_dsv4c")]).args(args).current_dir(dir);
+    // Large stacks and one heap: of the address space that is allowed, threads are what runs out.
+    command.env("RUST_MIN_STACK", (1u64 << 30).to_string()).env("MALLOC_ARENA_MAX", "1");
+    let out = command.output().unwrap();
+    (out.status.code().unwrap(), String::from_utf8(out.stderr).unwrap())
+}
+
+#[test]
+fn a_thread_that_cannot_start_is_an_error_not_a_hang() {
+    let temp = tempfile::tempdir().unwrap();
+    let args = ["pack", NANO, "--tp", "1", "-o", "x.dsv4", "--jobs", "32", "--memory", "4G"];
+    let (code, err) = limited("-v 13107200", &args, temp.path());
+    assert!(code == 4 && err.contains("a reading thread cannot start") && err.contains("help:"), "{code}: {err}");
+    assert!(names(temp.path()).is_empty());
+
+    json(&["pack", TINY, "--tp", "1", "-o", "x.dsv4", "--json"], temp.path());
+    if std::thread::available_parallelism().unwrap().get() == 1 {
+        eprintln!("SKIPPED: verifying takes no threads on one processor");
+        return;
+    }
+    let (code, err) = limited("-v 900000", &["verify", "x.dsv4"], temp.path());
+    assert!(code == 4 && err.contains("a reading thread cannot start"), "{code}: {err}");
+}
+
+#[test]
+fn hundreds_of_shards_under_a_common_limit_on_open_files() {
+    let temp = tempfile::tempdir().unwrap();
+    json(&["synth", NANO, "-o", "many", "--shards", "200", "--json"], temp.path());
+    let pack = ["pack", "many", "--tp", "2", "-o", "x.dsv4"];
+    // One descriptor for each shard; and where only the soft limit is low, it is raised.
+    for limit in ["-n 256", "-Sn 64"] {
+        let (code, err) = limited(limit, &pack, temp.path());
+        assert_eq!((code, err.as_str()), (0, ""), "{limit}");
+    }
+    let (code, err) = limited("-n 100", &pack, temp.path());
+    assert!(code == 3 && err.contains("may have 100") && err.contains("ulimit -n"), "{code}: {err}");
+}
+
+#[test]
+fn output_that_leads_nowhere() {
+    let temp = tempfile::tempdir().unwrap();
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    let run = |args: &[&str], stdout: Stdio, stderr: Stdio| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dsv4c"));
+        let out = command.args(args).current_dir(temp.path()).stdout(stdout).stderr(stderr).spawn().unwrap();
+        let out = out.wait_with_output().unwrap();
+        (out.status.code(), String::from_utf8(out.stderr).unwrap())
+    };
+    let plan = ["plan", NANO, "--tp", "1"];
+    // A reader that has seen enough.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    assert_eq!(run(&plan, writer.into(), Stdio::piped()), (Some(0), String::new()));
+    let (code, err) = run(&plan, full().into(), Stdio::piped());
+    assert!(code == Some(3) && err.contains("standard output") && err.contains("help:"), "{code:?}: {err}");
+    // An error nobody can see keeps its code.
+    assert_eq!(run(&["verify", "nowhere"], Stdio::piped(), full().into()).0, Some(3));
+    assert_eq!(run(&["pack"], Stdio::piped(), full().into()).0, Some(2));
+}
+
+#[test]
+fn what_is_read_back_is_in_the_summary() {
+    let temp = tempfile::tempdir().unwrap();
+    let pack = ["pack", NANO, "--tp", "2", "-o", "x.dsv4", "--json", "--force"];
+    let seconds = |args: &[&str]| json(args, temp.path())["read_back_seconds"].as_f64();
+    assert!(seconds(&pack).is_some_and(|s| s > 0.0));
+    assert_eq!(seconds(&[&pack[..], &["--no-verify"]].concat()), None);
+}
+
+#[test]
+fn sums_are_checked_before_packing() {
+    let temp = tempfile::tempdir().unwrap();
+    let checkpoint = crate::fixture::copy(NANO, &temp.path().join("nano"));
+    let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+    let sums = Command::new("sha256sum").args(shards).arg("config.json").current_dir(&checkpoint).output().unwrap();
+    let sums = String::from_utf8(sums.stdout).unwrap();
+    let pack = |list: &str| {
+        std::fs::write(temp.path().join("list"), list).unwrap();
+        run(&["pack", "nano", "--tp", "1", "--sha256", "list", "-o", "x.dsv4", "--force"], temp.path())
+    };
+    assert_eq!(pack(&sums).0, 0);
+    std::fs::remove_dir_all(temp.path().join("x.dsv4")).unwrap();
+    let line = |n: usize| sums.lines().nth(n).unwrap();
+    for (list, words) in [
+        (line(0).to_owned(), "model-00002-of-00002.safetensors: expected a line for this shard"),
+        (sums.replace("config.json", "conf.json"), "conf.json: expected this file"),
+        (sums.replace("  ", " "), "line 1"),
+        (sums.replace(&line(1)[..8], "01234567"), "model-00002-of-00002.safetensors: SHA-256 is"),
+    ] {
+        let (code, _, err) = pack(&list);
+        assert!(code == 3 && err.contains(words) && err.contains("help:"), "{code}: {err}");
+    }
+    // A bit that no other check of the source would find.
+    let file = checkpoint.join(shards[0]);
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let (code, _, err) = pack(&sums);
+    assert!(code == 3 && err.contains(shards[0]) && err.contains("SHA-256 is"), "{code}: {err}");
+    assert_eq!(names(temp.path()), ["list", "nano"]);
+    assert_eq!(run(&["pack", "nano", "--tp", "1", "-o", "x.dsv4"], temp.path()).0, 0);
 }

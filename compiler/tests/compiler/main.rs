@@ -2,6 +2,9 @@
 
 mod checkpoint;
 mod command;
+mod diff;
 mod fixture;
 mod pack;
+mod push;
+mod sign;
 mod synth;

@@ -2,17 +2,22 @@
 
 use std::fs;
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
-use dsv4_format::{Artifact, FormatError, NoProgress, Outcome};
+use dsv4_format::{Artifact, FormatError, NoProgress, Outcome, Progress};
 use dsv4_model::layout::Format;
 use dsv4_model::tensors::table;
 use dsv4_model::{ModelConfig, Tp};
 use dsv4c::CompileError;
 use dsv4c::pack::{PackOptions, PackReport, pack};
 use dsv4c::synth::{Layers, SynthOptions, synth};
+use serde_json::Value;
 
 use crate::fixture::{NANO, Shard, SmallDisk, TINY, assert_same, copy, names, tensors};
+
+/// Expert numbers 5, 5, 6.
+const TWICE: [u8; 24] = [5, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0];
 
 fn options(checkpoint: impl AsRef<Path>, tp: u32, out: &Path) -> PackOptions {
     PackOptions { out: Some(out.to_path_buf()), ..PackOptions::new(checkpoint.as_ref(), tp) }
@@ -216,6 +221,10 @@ fn values_no_kernel_can_use_are_named() {
             "element 10 is 8, expected an expert number in 0..8",
         ),
         ("layers.0.ffn.gate.tid2eid", 0, &[0xff; 8], "element 0 is -1"),
+        // All three experts of token 3.
+        ("layers.0.ffn.gate.tid2eid", 72, &TWICE, "element 10 is 5 again, expected different experts in row 3"),
+        ("embed.weight", 2 * 3001, &[0x80, 0xff], "element 3001 is -inf (BF16 0xff80), expected a finite number"),
+        ("hc_head_base", 4, &[1, 0, 0xc0, 0x7f], "element 1 is NaN (F32 0x7fc00001), expected a finite number"),
     ] {
         let dir = temp.path().join(format!("{tensor}.{at}"));
         copy(TINY, &dir);
@@ -235,4 +244,97 @@ fn a_full_disk_is_an_error_and_leaves_nothing() {
     let error = pack(&options(NANO, 2, &disk.path().join("x.dsv4")), &NoProgress).unwrap_err();
     assert!(matches!(error, CompileError::Format(FormatError::NoSpace { .. })), "{error}");
     assert!(names(disk.path()).is_empty());
+}
+
+#[test]
+fn ranks_packed_one_after_another_are_one_artifact() {
+    let temp = tempfile::tempdir().unwrap();
+    let (all, one) = (temp.path().join("all.dsv4"), temp.path().join("one.dsv4"));
+    packed(NANO, 2, &all);
+    let rank = |rank, force| {
+        let report = pack(&PackOptions { rank: Some(rank), force, ..options(NANO, 2, &one) }, &NoProgress);
+        report.unwrap().outcome
+    };
+    assert_eq!(rank(0, false), Outcome::Created);
+    assert_eq!(rank(1, false), Outcome::RankAdded);
+    assert_same(&all, &one);
+    assert_eq!(rank(1, true), Outcome::Replaced);
+    assert_same(&all, &one);
+    assert_eq!(names(temp.path()), ["all.dsv4", "one.dsv4"]);
+}
+
+/// Spoils a byte of a rank's file as soon as reading back begins.
+struct BadDisk(PathBuf);
+
+impl Progress for BadDisk {
+    fn start(&self, what: &str, _total_bytes: u64) {
+        if what == "read back" {
+            let file = fs::OpenOptions::new().read(true).write(true).open(&self.0).unwrap();
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, (2 << 20) + 7).unwrap();
+            file.write_all_at(&[byte[0] ^ 1], (2 << 20) + 7).unwrap();
+        }
+    }
+
+    fn add(&self, _bytes: u64) {}
+
+    fn finish(&self) {}
+}
+
+#[test]
+fn what_the_disk_did_not_keep_gets_no_name() {
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("x.dsv4");
+    let disk = BadDisk(temp.path().join(".x.dsv4.partial/rank1.weights"));
+    let error = pack(&options(NANO, 2, &out), &disk).unwrap_err();
+    let CompileError::Format(FormatError::ReadBack { block: 0, offset, .. }) = error else { panic!("{error}") };
+    assert_eq!((offset, error.exit_code()), (2 << 20, 3));
+    assert!(names(temp.path()).is_empty());
+    // Without reading back it goes unseen until somebody verifies.
+    let unread = PackOptions { read_back: false, ..options(NANO, 2, &out) };
+    assert_eq!(pack(&unread, &disk).unwrap().read_back_seconds, None);
+}
+
+#[test]
+fn a_tokenizer_that_does_not_fit_is_named_by_file_and_field() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = copy(NANO, &temp.path().join("nano"));
+    let edited = |name: &str, edit: &dyn Fn(&str) -> String| {
+        let file = dir.join(name);
+        let text = fs::read_to_string(&file).unwrap();
+        let new = edit(&text);
+        assert_ne!(text, new);
+        fs::write(&file, new).unwrap();
+        let error = refused(&dir, 1);
+        fs::write(&file, text).unwrap();
+        assert!(matches!(error, CompileError::SideFile { .. }) && error.exit_code() == 3, "{error}");
+        let text = error.to_string();
+        assert!(text.contains("help:"), "{text}");
+        text
+    };
+    for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        let error = edited(name, &|text| text.replacen('{', "[", 1));
+        assert!(error.contains(name) && error.contains("text: expected JSON"), "{error}");
+        assert!(edited(name, &|_| "<html>404</html>".into()).contains(name));
+    }
+    let tokenizer = |change: &dyn Fn(&mut Value)| {
+        edited("tokenizer.json", &|text| {
+            let mut value: Value = serde_json::from_str(text).unwrap();
+            change(&mut value);
+            value.to_string()
+        })
+    };
+    let error = tokenizer(&|t| t["model"]["vocab"]["zz"] = 2048.into());
+    assert!(error.contains("model.vocab[\"zz\"]: expected an id below vocab_size = 2048"), "{error}");
+    let error = tokenizer(&|t| t["added_tokens"][3]["id"] = 4096.into());
+    assert!(error.contains("added_tokens[3].id") && error.contains("found 4096"), "{error}");
+    let error = tokenizer(&|t| t["model"]["vocab"]["zz"] = Value::from(-1));
+    assert!(error.contains("text: expected JSON"), "{error}");
+    // Token 1, the end, is no longer there.
+    let error = tokenizer(&|t| {
+        t["added_tokens"][1]["id"] = 7.into();
+        t["model"]["vocab"].as_object_mut().unwrap().retain(|_, id| *id != 1);
+    });
+    assert!(error.contains("eos_token_id"), "{error}");
+    packed(&dir, 1, &temp.path().join("x.dsv4"));
 }

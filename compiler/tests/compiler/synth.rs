@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsv4_format::{Artifact, NoProgress};
+use dsv4_format::{Artifact, FormatError, NoProgress, Partial};
 use dsv4c::CompileError;
 use dsv4c::checkpoint::Checkpoint;
 use dsv4c::pack::{PackOptions, pack};
@@ -100,4 +100,29 @@ fn a_full_disk_is_an_error_and_leaves_nothing() {
     let error = synth(&options, &NoProgress).unwrap_err();
     assert!(matches!(error, CompileError::NoSpace { needed: 18_317_390, .. }), "{error}");
     assert!(names(disk.path()).is_empty(), "{:?}", names(disk.path()));
+}
+
+#[test]
+fn what_another_run_is_writing_is_never_touched() {
+    let temp = tempfile::tempdir().unwrap();
+    let (out, partial) = (temp.path().join("nano"), temp.path().join(".nano.partial"));
+    let running = Partial::create(&out, |name| name == "config.json").unwrap();
+    fs::write(partial.join("config.json"), "half of it").unwrap();
+    let error = synth(&options(out.clone()), &NoProgress).unwrap_err();
+    assert!(matches!(error, CompileError::Format(FormatError::Busy { .. })), "{error}");
+    assert_eq!(names(&partial), ["config.json"]);
+    drop(running);
+
+    // What a killed run left is discarded, what somebody else put there is not.
+    fs::create_dir(&partial).unwrap();
+    for name in ["config.json", "model-00001-of-00007.safetensors", "notes"] {
+        fs::write(partial.join(name), name).unwrap();
+    }
+    let error = synth(&options(out.clone()), &NoProgress).unwrap_err();
+    assert!(matches!(error, CompileError::Format(FormatError::Occupied { .. })), "{error}");
+    assert_eq!(names(&partial).len(), 3);
+    fs::remove_file(partial.join("notes")).unwrap();
+    synth(&options(out.clone()), &NoProgress).unwrap();
+    Checkpoint::open(&out).unwrap();
+    assert_eq!(names(temp.path()), ["nano"]);
 }

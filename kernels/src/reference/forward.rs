@@ -299,7 +299,7 @@ impl Backend for Reference {
             let row = affinities.row(r);
             let chosen = if layer.hashed {
                 let experts = self.weights.experts_of(layer.block, self.current.step.tokens[r]);
-                // The packer checked the table's range; the order of a sum must not depend on the table's.
+                // Loading checked the table's range; the order of a sum must not depend on the table's.
                 let mut chosen: Vec<u32> = experts.iter().map(|e| *e as u32).collect();
                 chosen.sort_unstable();
                 chosen

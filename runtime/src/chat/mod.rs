@@ -17,7 +17,7 @@ mod message;
 mod parse;
 mod stream;
 
-pub use encode::{Effort, EncodeOptions, Profile, encode, encode_pieces};
+pub use encode::{Effort, EncodeOptions, Encoded, Profile, encode, encode_pieces};
 pub use error::ChatError;
 pub use message::{Arguments, Message, Role, Task, ToolCall, merge_tools, parse_messages, system_message};
 pub use parse::{Completion, ParsedCall, parse};

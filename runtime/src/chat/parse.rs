@@ -22,7 +22,7 @@ pub struct Completion {
 }
 
 /// Parses what follows the prompt; the end token may be there or not. Never fails: whatever is not markup is
-/// content. `thinking` says that the prompt ended with `<think>`.
+/// content. `thinking` is `Encoded::thinking_open` of the prompt.
 pub fn parse(text: &str, thinking: bool) -> Completion {
     let mut parser = StreamParser::new(thinking);
     let mut events = parser.push(text);

@@ -79,7 +79,7 @@ pub struct StreamParser {
 }
 
 impl StreamParser {
-    /// `thinking`: the prompt ended with `<think>`, so the text begins inside the reasoning.
+    /// `thinking`: the text begins inside the reasoning; `Encoded::thinking_open` of the prompt.
     pub fn new(thinking: bool) -> StreamParser {
         StreamParser {
             state: if thinking { State::Reasoning } else { State::Content },

@@ -177,7 +177,7 @@ pub enum PeerError {
     #[error(
         "rank {rank} (process {process}) ended with {status}, expected it to run until rank 0 ends it\n  help: its own error stands above in this log"
     )]
-    Child { rank: u32, process: u32, status: String },
+    Child { rank: u32, process: u32, status: String, code: Option<i32> },
 
     /// The watch over standard input cannot be started.
     #[error(

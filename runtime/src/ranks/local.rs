@@ -131,8 +131,8 @@ impl LocalRanks {
             let ended = loop {
                 match child.process.try_wait() {
                     Ok(Some(status)) if status.success() => break Ok(()),
-                    Ok(Some(status)) => break Err(child.ended_with(status.to_string())),
-                    Err(error) => break Err(child.ended_with(format!("unknown: {error}"))),
+                    Ok(Some(status)) => break Err(child.ended_with(status.to_string(), status.code())),
+                    Err(error) => break Err(child.ended_with(format!("unknown: {error}"), None)),
                     Ok(None) if start.elapsed() < grace => std::thread::sleep(TICK),
                     Ok(None) => {
                         child.end();
@@ -164,8 +164,8 @@ impl LocalChild {
         let _reaped_already = self.process.wait();
     }
 
-    fn ended_with(&self, status: String) -> PeerError {
-        PeerError::Child { rank: self.rank, process: self.process.id(), status }
+    fn ended_with(&self, status: String, code: Option<i32>) -> PeerError {
+        PeerError::Child { rank: self.rank, process: self.process.id(), status, code }
     }
 }
 
@@ -174,8 +174,8 @@ fn check(children: &mut [LocalChild]) -> Result<(), PeerError> {
     for child in children {
         match child.process.try_wait() {
             Ok(None) => {}
-            Ok(Some(status)) => return Err(child.ended_with(status.to_string())),
-            Err(error) => return Err(child.ended_with(format!("unknown: {error}"))),
+            Ok(Some(status)) => return Err(child.ended_with(status.to_string(), status.code())),
+            Err(error) => return Err(child.ended_with(format!("unknown: {error}"), None)),
         }
     }
     Ok(())

@@ -91,8 +91,8 @@ fn a_sound_manifest_passes() {
 fn each_rule_refuses_what_breaks_it() {
     type Change = fn(&mut Manifest);
     let cases: &[(&str, Change)] = &[
-        ("tp: expected 1 to 64, found 0", |m| m.tp = 0),
-        ("tp: expected 1 to 64, found 65", |m| m.tp = 65),
+        ("tp: expected 1 to 8, found 0", |m| m.tp = 0),
+        ("tp: expected 1 to 8, found 9", |m| m.tp = 9),
         ("rank count: expected 3, found 2", |m| m.tp = 3),
         ("rank 1: number: expected 1, found 0", |m| m.ranks[1].rank = 0),
         ("rank 0: file length", |m| m.ranks[0].file_len += 4096),

@@ -2,11 +2,13 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use dsv4_format::{
-    Artifact, Canary, CommitInput, Committed, Digest, Draft, DraftOptions, FormatError, KernelInput, RankFile,
-    RankLayout, SectionPlan, SourceId, TensorPlan,
+    Artifact, Canary, CommitInput, Committed, Digest, Draft, DraftOptions, FormatError, KernelInput, NoProgress,
+    RankFile, RankLayout, SectionPlan, SourceId, TensorPlan,
 };
 
 pub fn tensor(name: &str, dtype: &str, shape: &[u64], bytes: u64) -> TensorPlan {
@@ -111,7 +113,7 @@ pub fn pack_with(
     let mut draft = Draft::create(out, layouts(), &DraftOptions { only_rank })?;
     let ranks = (0..2).map(|rank| write_rank(&mut draft, rank, piece)).collect();
     draft.write_meta(&meta())?;
-    draft.commit(input(ranks, config), force)
+    draft.commit(input(ranks, config), force, &NoProgress)
 }
 
 pub fn pack(out: &Path) -> Committed {
@@ -131,7 +133,15 @@ pub fn pack_small(out: &Path) -> Committed {
         cubin: vec![key; 300 + key as usize],
     });
     draft.write_kernels("sm_121a", &kernels, Some("[rope]\nthreads = 256\n")).expect("kernels");
-    draft.commit(input(vec![rank], "{\"n\":1}"), false).expect("commit")
+    draft.commit(input(vec![rank], "{\"n\":1}"), false, &NoProgress).expect("commit")
+}
+
+/// Flips one bit of a file.
+pub fn flip(file: &Path, at: u64) {
+    let open = OpenOptions::new().read(true).write(true).open(file).expect("open");
+    let mut byte = [0];
+    open.read_exact_at(&mut byte, at).expect("read");
+    open.write_all_at(&[byte[0] ^ 4], at).expect("write");
 }
 
 pub fn open_error(path: &Path) -> FormatError {
