@@ -216,7 +216,7 @@ fn check(case: u64, ended: &Result<Transfer, CompileError>) {
 }
 
 /// Half the cases are damaged as they travel; half are what a sender who knows the token would offer.
-/// One in eight is taken as far as it goes, the others to where the offer is judged: the name is taken.
+/// One in sixteen is taken as far as it goes, the others to where the offer is judged: the name is taken.
 #[test]
 fn a_receiver_survives_any_sender() {
     let dir = fast_dir();
@@ -239,7 +239,7 @@ fn a_receiver_survives_any_sender() {
             limit_memory(MEMORY);
         }
         let mut noise = Noise(case.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        let (options, script) = if case % 8 == 0 { (&into_out, &whole) } else { (&into_taken, &short) };
+        let (options, script) = if case % 16 == 0 { (&into_out, &whole) } else { (&into_taken, &short) };
         let answer = |heard: &[u8]| {
             let mut frames = script.clone();
             let authentic = noise.below(2) == 0;
