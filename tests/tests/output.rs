@@ -2,7 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use dsv4_tests::artifacts::Packed;
@@ -59,16 +59,17 @@ fn drafts_do_not_need_large_chunks() {
     }
 }
 
+/// A chat that waits for lines.
+fn chat(packed: &Packed) -> Child {
+    let mut command = Command::new(binaries::path(DSV4_RUN));
+    command.args([text(packed), "chat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().expect("dsv4-run")
+}
+
 #[test]
 fn chat_refuses_what_is_no_text() {
     let nano = Packed::nano(1);
-    let mut chat = Command::new(binaries::path(DSV4_RUN))
-        .args([text(&nano), "chat"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("dsv4-run");
+    let mut chat = chat(&nano);
     chat.stdin.take().expect("piped").write_all(b"Hi\n\xff\xfe\nHello\n").expect("a running program");
     let done = chat.wait_with_output().expect("a program of ours");
     let message = String::from_utf8_lossy(&done.stderr);
@@ -79,13 +80,7 @@ fn chat_refuses_what_is_no_text() {
 #[test]
 fn a_rank_that_ends_while_nobody_types_is_noticed() {
     let nano = Packed::nano(2);
-    let mut chat = Command::new(binaries::path(DSV4_RUN))
-        .args([text(&nano), "chat"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("dsv4-run");
+    let mut chat = chat(&nano);
     let mut input = chat.stdin.take().expect("piped");
     input.write_all(b"What is 1 + 1?\n").expect("a running program");
     let children = loop {

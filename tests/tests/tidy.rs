@@ -130,7 +130,7 @@ fn no_paths_of_one_machine() {
         }
         for (n, line) in text.lines().enumerate() {
             for place in &places {
-                // Not the middle of a longer path such as `../work/`.
+                // Not the middle of a longer path.
                 let starts = line.match_indices(place.as_str()).map(|(at, _)| line[..at].chars().next_back());
                 let is_path =
                     |before: Option<char>| before.is_none_or(|c| !c.is_alphanumeric() && !"._-}/$~".contains(c));
