@@ -76,11 +76,6 @@ pub struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// Number format.
-    pub fn format(&self) -> Format {
-        self.format
-    }
-
     /// Row `index` as it is stored.
     pub fn row(&self, index: usize) -> Row<'a> {
         assert!(index < self.rows, "row {index} of {}", self.rows);

@@ -77,8 +77,6 @@ pub struct RankOptions {
     pub slots: usize,
     /// Most rows of one sequence in a step: the prefill chunk.
     pub rows_max: usize,
-    /// Threads that read and verify.
-    pub threads: usize,
 }
 
 /// Bytes held by an [`Arena`], for the compute backend.

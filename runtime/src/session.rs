@@ -146,7 +146,7 @@ fn check_peers(rank: u32, peers: &[String], tp: u32) -> Result<(), RunError> {
 fn options(settings: &Settings) -> RankOptions {
     // A step verifies up to DRAFT_MAX drafts behind a decided token, however small the chunks are.
     let rows_max = settings.chunk.max(1 + DRAFT_MAX);
-    RankOptions { numerics: settings.numerics, slots: 1, rows_max, threads: settings.threads }
+    RankOptions { numerics: settings.numerics, slots: 1, rows_max }
 }
 
 /// What must be equal on all ranks.

@@ -38,7 +38,7 @@ impl Group {
     pub fn start(artifact: &Path, numerics: Numerics, rows_max: usize) -> Group {
         let opened = open(artifact).unwrap_or_else(|e| panic!("{e}"));
         let tp = opened.artifact.manifest().tp;
-        let options = RankOptions { numerics, slots: 1, rows_max, threads: 2 };
+        let options = RankOptions { numerics, slots: 1, rows_max };
         if tp == 1 {
             let arena = opened.load(0, 2, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
             return Group::alone(opened.backend(arena, Box::new(Alone), options).unwrap_or_else(|e| panic!("{e}")));

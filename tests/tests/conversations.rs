@@ -1,8 +1,7 @@
 //! The conversations of the trained checkpoint, token for token.
 //!
-//! The matrix is 30 conversations x 1 and 2 ranks x both numerics x 0 to 3 drafts. Two ranks in
-//! published numerics, which is what a user gets, go through the program in full; of the other
-//! twelve cells the program answers one conversation each, and all thirty in this process.
+//! The matrix is 30 conversations x 1 and 2 ranks x both numerics x 0 to 3 drafts, all of it through
+//! the program.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -13,7 +12,7 @@ use dsv4_kernels::numerics::Numerics;
 use dsv4_model::ModelConfig;
 use dsv4_run::answer::{AnswerOptions, prompt};
 use dsv4_run::chat::{merge_tools, parse_messages};
-use dsv4_run::generate::{Finish, Generated, Request, generate};
+use dsv4_run::generate::{Generated, Request, generate};
 use dsv4_run::sample::Sampling;
 use dsv4_run::tokenizer::Tokenizer;
 use dsv4_tests::artifacts::Packed;
@@ -116,40 +115,44 @@ fn in_parallel<T: Sync>(list: &[T], f: impl Fn(&T) + Sync) {
     });
 }
 
-/// Two ranks, published numerics: all thirty through the program.
-#[test]
-fn all_through_the_program() {
-    let (packed, cases) = (Packed::nano(2), cases());
+/// All thirty through the program, for every number of drafts.
+fn all_through_the_program(tp: u32, numerics: Numerics) {
+    let (packed, cases) = (Packed::nano(tp), cases());
     assert_eq!(cases.len(), 30);
     assert_eq!(cases.iter().filter(|c| !c.calls().is_empty()).count(), 10, "conversations with calls");
     for draft in DRAFTS {
         let acceptance = Acceptance::default();
         in_parallel(&cases, |case| {
-            let answer = through_the_program(packed.path(), packed.scratch(), case, Numerics::Published, draft);
+            let answer = through_the_program(packed.path(), packed.scratch(), case, numerics, draft);
             check_answer(case, &answer);
             let count = |key: &str| answer["stats"][key].as_u64().unwrap() as usize;
             acceptance.add(count("draft_tokens"), count("accepted_tokens"));
+            // Every step decides one token more than it accepts; the last may be cut by the end token.
+            let decided = 1 + count("decode_steps") + count("accepted_tokens");
+            assert!([0, 1].contains(&(decided - count("completion_tokens"))), "{}", answer["stats"]);
         });
-        acceptance.check(&format!("program, 2 ranks, published, --draft {draft}"), draft);
+        acceptance.check(&format!("{tp} ranks, {}, --draft {draft}", numerics.name()), draft);
     }
 }
 
-/// Every other cell: one conversation through the program, a different one each.
 #[test]
-fn every_cell_through_the_program() {
-    let (one, two, cases) = (Packed::nano(1), Packed::nano(2), cases());
-    let cells = [(&one, Numerics::Float), (&one, Numerics::Published), (&two, Numerics::Float)];
-    let cells: Vec<(usize, &Packed, Numerics, usize)> = cells
-        .into_iter()
-        .flat_map(|(packed, numerics)| DRAFTS.map(|draft| (packed, numerics, draft)))
-        .enumerate()
-        .map(|(i, (packed, numerics, draft))| (i, packed, numerics, draft))
-        .collect();
-    assert_eq!(cells.len(), 12);
-    in_parallel(&cells, |(i, packed, numerics, draft)| {
-        let answer = through_the_program(packed.path(), packed.scratch(), &cases[*i], *numerics, *draft);
-        check_answer(&cases[*i], &answer);
-    });
+fn one_rank_float() {
+    all_through_the_program(1, Numerics::Float);
+}
+
+#[test]
+fn one_rank_published() {
+    all_through_the_program(1, Numerics::Published);
+}
+
+#[test]
+fn two_ranks_float() {
+    all_through_the_program(2, Numerics::Float);
+}
+
+#[test]
+fn two_ranks_published() {
+    all_through_the_program(2, Numerics::Published);
 }
 
 fn answer(group: &mut Group, tokens: &[u32], sampling: Sampling, draft: usize, chunk: usize) -> Generated {
@@ -162,41 +165,6 @@ fn answer(group: &mut Group, tokens: &[u32], sampling: Sampling, draft: usize, c
     let generated = generated.unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(seen, generated.tokens, "what was told and what was returned");
     generated
-}
-
-/// All thirty in this process, for every number of drafts.
-fn all_in_process(tp: u32, numerics: Numerics) {
-    let (packed, cases) = (Packed::nano(tp), cases());
-    let mut group = Group::start(packed.path(), numerics, CHUNK);
-    for draft in DRAFTS {
-        let acceptance = Acceptance::default();
-        for case in &cases {
-            let found = answer(&mut group, &case.prompt_tokens, Sampling::GREEDY, draft, CHUNK);
-            assert_eq!(found.tokens, case.completion_tokens, "{}: {draft} drafts", case.kind);
-            assert_eq!(found.finish, Finish::Stop);
-            acceptance.add(found.stats.draft_tokens, found.stats.accepted_tokens);
-            // Every step decides one token more than it accepts.
-            let decided = 1 + found.stats.decode_steps + found.stats.accepted_tokens;
-            assert!([0, 1].contains(&(decided - found.tokens.len())), "{:?}", found.stats);
-        }
-        acceptance.check(&format!("in process, {tp} ranks, {}, {draft} drafts", numerics.name()), draft);
-    }
-    group.finish();
-}
-
-#[test]
-fn one_rank_float() {
-    all_in_process(1, Numerics::Float);
-}
-
-#[test]
-fn one_rank_published() {
-    all_in_process(1, Numerics::Published);
-}
-
-#[test]
-fn two_ranks_float() {
-    all_in_process(2, Numerics::Float);
 }
 
 /// Prompts as text and as ids, from messages and tools.
