@@ -4,14 +4,16 @@ use std::io::{ErrorKind, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use dsv4_format::Artifact;
+use dsv4_kernels::memory::Target;
 use dsv4c::CompileError;
 use dsv4c::checkpoint::Config;
 use dsv4c::diff::diff;
 use dsv4c::inspect;
 use dsv4c::pack::{MEMORY_DEFAULT, PackOptions, pack};
 use dsv4c::plan::Plan;
+use dsv4c::plan::forecast::{Forecast, ForecastOptions};
 use dsv4c::push::{self, PushOptions, Ranks, ReceiveOptions, Receiver, Token};
 use dsv4c::sign::{Verifier, keygen, sign};
 use dsv4c::synth::{Layers, SynthOptions, synth};
@@ -34,17 +36,10 @@ struct Cli {
 enum Verb {
     /// Packs a checkpoint into an artifact.
     Pack(PackArgs),
-    /// Says what a pack would write; reads no weights.
-    Plan {
-        /// A config.json, or a directory with one.
-        config: PathBuf,
-        /// Number of ranks.
-        #[arg(long, value_parser = tp)]
-        tp: u32,
-        /// For programs.
-        #[arg(long)]
-        json: bool,
-    },
+    /// Says what a pack would write, and whether disk and memory suffice; reads no weights.
+    ///
+    /// Exit code 0 whatever the answer; programs read `forecast.fits` of --json.
+    Plan(PlanArgs),
     /// Makes a random checkpoint of a config, in the true formats.
     Synth(SynthArgs),
     /// Shows what an artifact holds; reads no weights.
@@ -105,6 +100,42 @@ enum Verb {
     Push(PushArgs),
     /// Waits for one `dsv4c push` and writes what it sends; a rank may join the same artifact later.
     Receive(ReceiveArgs),
+}
+
+#[derive(Args)]
+struct PlanArgs {
+    /// A config.json, or a directory with one.
+    config: PathBuf,
+    /// Number of ranks, each on a machine of its own.
+    #[arg(long, value_parser = tp)]
+    tp: u32,
+    /// Tokens of a sequence, prompt and answer [default: what the model allows].
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    max_context: Option<u64>,
+    /// Sequences at once.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    max_seqs: u32,
+    /// Whose memory is planned: the CPU backend's as it is, or the GPU backend's as it is designed.
+    #[arg(long, value_enum, default_value_t = Backend::Cpu)]
+    backend: Backend,
+    /// Memory that each machine shows, with an optional K, M or G [default: 119G, a GB10].
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    memory_of: Option<u64>,
+    /// Where the artifact would be: says whether the disk there has room.
+    #[arg(short, long)]
+    out: Option<PathBuf>,
+    /// Gigabytes (10^9 bytes) a second of the disk [default: 5.58, the slowest published of a GB10].
+    #[arg(long, value_parser = rate)]
+    disk_gb_s: Option<f64>,
+    /// For programs.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Backend {
+    Cpu,
+    Cuda,
 }
 
 #[derive(Args)]
@@ -231,9 +262,22 @@ pub fn run() -> Result<(), CompileError> {
             let report = pack(&options, &bar)?;
             print(args.json, || report.to_json(), || report.to_text())?;
         }
-        Verb::Plan { config, tp, json } => {
-            let plan = Plan::new(&Config::read(&config)?, tp)?;
-            print(json, || plan.to_json(), || plan.to_text())?;
+        Verb::Plan(args) => {
+            let options = ForecastOptions {
+                target: match args.backend {
+                    Backend::Cpu => Target::Cpu,
+                    Backend::Cuda => Target::Cuda,
+                },
+                context: args.max_context,
+                sequences: args.max_seqs.into(),
+                memory: args.memory_of,
+                out: args.out,
+                disk_rate: args.disk_gb_s.map(|gigabytes| gigabytes * 1e9),
+            };
+            let config = Config::read(&args.config)?;
+            let plan = Plan::new(&config, args.tp)?;
+            let forecast = Forecast::new(&config, &plan, &options)?;
+            print(args.json, || plan.to_json(&forecast), || plan.to_text(&forecast))?;
         }
         Verb::Synth(args) => {
             let options = SynthOptions {
@@ -375,6 +419,11 @@ fn bytes(text: &str) -> Result<u64, String> {
     number
         .and_then(|n| n.checked_mul(1 << shift))
         .ok_or_else(|| "expected a number of bytes, such as 512M or 2G".into())
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate| (1e-3..=1e3).contains(rate));
+    rate.ok_or_else(|| "expected a number in 0.001..=1000".into())
 }
 
 fn layers(text: &str) -> Result<Layers, String> {

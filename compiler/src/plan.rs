@@ -1,4 +1,8 @@
 //! What a pack will write, computed from config.json alone: no weight byte is read.
+//!
+//! [`forecast`] says what that asks of disk, memory and time.
+
+pub mod forecast;
 
 use dsv4_format::{RankLayout, SectionPlan, TensorPlan};
 use dsv4_model::inventory::{InventoryLine, inventory};
@@ -9,6 +13,7 @@ use serde_json::{Value, json};
 use crate::checkpoint::Config;
 use crate::error::CompileError;
 use crate::split::{Cut, cuts};
+use forecast::Forecast;
 
 /// One row of the table and how its stored tensors are shared out.
 pub struct PlannedRow {
@@ -66,8 +71,8 @@ impl Plan {
         self.layouts.iter().map(RankLayout::file_len).collect()
     }
 
-    /// The plan for programs.
-    pub fn to_json(&self) -> Value {
+    /// The plan and what it asks of a machine, for programs.
+    pub fn to_json(&self, forecast: &Forecast) -> Value {
         let categories = self.inventory.iter().map(|l| {
             json!({
                 "category": l.category.name(), "tensors": l.tensors,
@@ -85,6 +90,7 @@ impl Plan {
                 json!({"rank": rank, "file_bytes": l.file_len(), "arena_bytes": l.arena_bytes()})
             }).collect::<Vec<_>>(),
             "sections": sections.collect::<Vec<_>>(),
+            "forecast": forecast.to_json(),
         })
     }
 
@@ -94,8 +100,8 @@ impl Plan {
         layout.into_iter().flat_map(|l| l.sections()).map(|s| (s.name.as_str(), s.tensors.len(), s.len))
     }
 
-    /// The plan for people.
-    pub fn to_text(&self) -> String {
+    /// The plan and what it asks of a machine, for people.
+    pub fn to_text(&self, forecast: &Forecast) -> String {
         let mut out = format!("{:<32}{:>9}{:>18}{:>18}\n", "category", "tensors", "checkpoint bytes", "bytes per rank");
         let line = |name: &str, tensors: u64, checkpoint: u64, rank: u64| {
             format!("{name:<32}{tensors:>9}{checkpoint:>18}{rank:>18}\n")
@@ -113,7 +119,7 @@ impl Plan {
         for (name, tensors, bytes) in self.sections() {
             out += &format!("  {name:<30}{tensors:>9}{bytes:>18}\n");
         }
-        out
+        out + &forecast.to_text()
     }
 }
 

@@ -1,133 +1,16 @@
-//! The memory plan: what the ranks of this machine need, what it has, and what would fit. Pure arithmetic.
+//! The memory plan: what the ranks of this machine need against what it has, and what would fit. Pure arithmetic.
 //!
-//! A plan adds up what is exact (weights, caches), what is bounded by reading the forward pass
-//! (workspace) and what is assumed (a process, a device context); every line says which. The CPU
-//! plan counts what the CPU backend allocates; the GPU plan counts the packed caches that are designed
-//! and constants that a GB10 has yet to confirm.
+//! What they need is the backends' to say ([`dsv4_kernels::memory`]); what counts as there, and the
+//! verdict, are decided here.
 
-use dsv4_kernels::state::sequence_bytes;
-use dsv4_model::ModelConfig;
-use dsv4_model::cache::{PAGE_TOKENS, PackedCache};
+pub use dsv4_kernels::memory::{Asked, RankTable, Ranks, Target};
+use dsv4_kernels::memory::{DRAFTS_MAX, largest_context, tables, total};
 
 use crate::generate::DRAFT_MAX;
 use crate::preflight::host::Host;
 
-const MIB: u64 = 1 << 20;
-const GIB: u64 = 1 << 30;
-
-/// A rank's program, tokenizer, manifest, thread stacks on the CPU.
-const PROCESS_BYTES: u64 = 64 * MIB;
-/// A GPU rank's host side: the same, with the driver's libraries.
-const GPU_PROCESS_BYTES: u64 = 512 * MIB;
-/// The ring of pinned buffers that blocks are verified in: 64 of 4 MiB.
-const STAGING_BYTES: u64 = 256 * MIB;
-/// A device context with loaded kernels.
-const DEVICE_CONTEXT_BYTES: u64 = 512 * MIB;
-/// Captured graphs of all step shapes.
-const GRAPHS_BYTES: u64 = 256 * MIB;
-/// Buffers of the exchange between ranks.
-const COMMUNICATION_BYTES: u64 = GIB;
-/// Left to others on a GB10, where memory that runs short ends the machine and not a program.
-const GB10_RESERVE_BYTES: u64 = 6 * GIB;
-const VALUE_BYTES: u64 = 4;
-
-/// Which backend a plan is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// The CPU backend as it is.
-    Cpu,
-    /// The GPU backend as it is designed.
-    Cuda,
-}
-
-impl Target {
-    /// As on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Target::Cpu => "cpu",
-            Target::Cuda => "cuda",
-        }
-    }
-}
-
-/// How well a number is known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Basis {
-    /// Counted.
-    Exact,
-    /// Not more than this.
-    Bound,
-    /// A guess that a measurement has to replace.
-    Assumed,
-}
-
-impl Basis {
-    /// As printed.
-    pub fn name(self) -> &'static str {
-        match self {
-            Basis::Exact => "exact",
-            Basis::Bound => "upper bound",
-            Basis::Assumed => "assumed",
-        }
-    }
-}
-
-/// What is planned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Asked {
-    /// Backend.
-    pub target: Target,
-    /// Tokens of a sequence, prompt and answer.
-    pub context: u64,
-    /// Sequences at once.
-    pub sequences: u64,
-    /// Rows of a prefill step.
-    pub chunk: u64,
-    /// Compute threads of a rank.
-    pub threads: u64,
-    /// Whether the logits of all rows are wanted, not only those of a next token.
-    pub all_logits: bool,
-    /// Bytes to leave to others; by the host's kind if none.
-    pub reserve: Option<u64>,
-}
-
-/// The ranks that run on this machine.
-#[derive(Clone, Copy, Debug)]
-pub struct Ranks<'a> {
-    /// The model.
-    pub config: &'a ModelConfig,
-    /// Ranks in all.
-    pub tp: u32,
-    /// Rank and bytes of its weights in memory.
-    pub here: &'a [(u32, u64)],
-}
-
-/// One line of a rank's table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Line {
-    /// What needs the memory.
-    pub what: &'static str,
-    /// How much.
-    pub bytes: u64,
-    /// How well that is known.
-    pub basis: Basis,
-}
-
-/// What one rank needs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RankTable {
-    /// The rank.
-    pub rank: u32,
-    /// Its memory by use; the same uses for every rank.
-    pub lines: Vec<Line>,
-}
-
-impl RankTable {
-    /// All lines.
-    pub fn bytes(&self) -> u64 {
-        self.lines.iter().map(|l| l.bytes).fold(0, u64::saturating_add)
-    }
-}
+// The workspace and the caches are counted for this many drafts.
+const _: () = assert!(DRAFT_MAX as u64 == DRAFTS_MAX);
 
 /// What the machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,85 +56,10 @@ impl Supply {
     }
 }
 
-/// Bytes to leave to others unless told: 6 GiB on a GB10, else a twentieth of the machine within 256 MiB and 6 GiB.
-///
-/// Where only programs compete, a shortage costs a program and the kernel's own floors are already outside
-/// MemAvailable; so a small machine may use nearly all it has.
+/// Bytes to leave to others on this machine unless told.
 pub fn default_reserve(host: &Host) -> u64 {
     let total = host.memory.as_ref().map_or(0, |m| m.total);
-    if host.is_gb10() { GB10_RESERVE_BYTES } else { (total / 20).clamp(256 * MIB, GB10_RESERVE_BYTES) }
-}
-
-/// Floats of activations that are alive at once for a row of a step, at most.
-fn row_values(config: &ModelConfig, tp: u64) -> u64 {
-    let c = config;
-    let local = |n: u64| n.div_ceil(tp);
-    // Streams: of the last trunk and draft steps, of this one, and a copy that the draft block makes.
-    let streams = 4 * c.hc_mult * c.hidden_size;
-    let layer = 6 * c.hidden_size;
-    let queries = 4 * local(c.num_attention_heads * c.head_dim) + 3 * c.q_lora_rank;
-    let rows = 8 * c.head_dim + 6 * c.index_head_dim;
-    let index = 3 * c.index_n_heads * c.index_head_dim + c.index_topk;
-    let output = 3 * local(c.o_groups * c.o_lora_rank);
-    let experts = 4 * c.hidden_size + 6 * local(c.moe_intermediate_size) + 3 * c.n_routed_experts;
-    streams + layer + queries + rows + index + output + experts
-}
-
-/// Bytes of everything a step needs and gives back.
-fn workspace_bytes(ranks: &Ranks<'_>, asked: &Asked) -> u64 {
-    let (c, tp) = (ranks.config, u64::from(ranks.tp));
-    let rows = asked.chunk.max(1 + DRAFT_MAX as u64);
-    let steps = rows * row_values(c, tp);
-    // Of one vocabulary row: this rank's part, all parts, the joined row.
-    let wanted = if asked.all_logits { rows } else { 1 + DRAFT_MAX as u64 };
-    let logits = 3 * wanted * c.vocab_size;
-    // A thread scores every index entry of a row and lists the rows it attends to.
-    let entries = asked.context / 4 * 2;
-    let attended = 6 * (c.sliding_window + c.index_topk + asked.context / 128);
-    let weights = 4 * c.hidden_size.max(c.num_attention_heads * c.head_dim);
-    let threads = asked.threads * (entries + attended + weights);
-    (steps + logits + threads) * VALUE_BYTES
-}
-
-/// Bytes of the caches of all sequences on one rank.
-fn cache_bytes(config: &ModelConfig, asked: &Asked) -> u64 {
-    let one = match asked.target {
-        Target::Cpu => sequence_bytes(config, (asked.chunk as usize).max(1 + DRAFT_MAX), asked.context),
-        Target::Cuda => {
-            PackedCache::new(config).sequence_bytes(asked.context, config.sliding_window + DRAFT_MAX as u64)
-        }
-    };
-    one.saturating_mul(asked.sequences)
-}
-
-/// What every rank of this machine needs.
-pub fn tables(ranks: &Ranks<'_>, asked: &Asked) -> Vec<RankTable> {
-    let caches = cache_bytes(ranks.config, asked);
-    let workspace = workspace_bytes(ranks, asked);
-    let of = |&(rank, weights): &(u32, u64)| {
-        let mut lines = vec![("weights", weights, Basis::Exact), ("KV caches", caches, Basis::Exact)];
-        match asked.target {
-            Target::Cpu => {
-                lines.extend([("workspace", workspace, Basis::Bound), ("process", PROCESS_BYTES, Basis::Assumed)]);
-            }
-            Target::Cuda => {
-                // In prefill the window rows of a chunk lie beside the windows.
-                let chunk = PackedCache::new(ranks.config).window_bytes(asked.chunk);
-                let communication = if ranks.tp > 1 { COMMUNICATION_BYTES } else { 0 };
-                lines.extend([
-                    ("workspace", workspace.saturating_add(chunk), Basis::Assumed),
-                    ("graphs", GRAPHS_BYTES, Basis::Assumed),
-                    ("communication", communication, Basis::Assumed),
-                    ("device context", DEVICE_CONTEXT_BYTES, Basis::Assumed),
-                    ("staging", STAGING_BYTES, Basis::Exact),
-                    ("process", GPU_PROCESS_BYTES, Basis::Assumed),
-                ]);
-            }
-        }
-        let lines = lines.into_iter().map(|(what, bytes, basis)| Line { what, bytes, basis }).collect();
-        RankTable { rank, lines }
-    };
-    ranks.here.iter().map(of).collect()
+    dsv4_kernels::memory::default_reserve(total, host.is_gb10())
 }
 
 /// A plan held against a machine.
@@ -304,29 +112,17 @@ pub fn plan(ranks: &Ranks<'_>, asked: &Asked, host: &Host) -> Plan {
     }
 }
 
-fn total(tables: &[RankTable]) -> u64 {
-    tables.iter().map(RankTable::bytes).fold(0, u64::saturating_add)
-}
-
-/// The largest context in whole pages, or the model's own, for which all ranks here need at most `usable` bytes.
-pub fn largest_context(ranks: &Ranks<'_>, asked: &Asked, usable: u64) -> Option<u64> {
-    let model = ranks.config.max_position_embeddings;
-    let context = |pages: u64| (pages * PAGE_TOKENS).min(model);
-    let fits = |pages: u64| total(&tables(ranks, &Asked { context: context(pages), ..*asked })) <= usable;
-    // Needs grow with the context: `low` pages fit, `high` pages do not.
-    let (mut low, mut high) = (0, model.div_ceil(PAGE_TOKENS) + 1);
-    while high - low > 1 {
-        let middle = low + (high - low) / 2;
-        if fits(middle) { low = middle } else { high = middle }
-    }
-    (low > 0).then(|| context(low))
-}
-
 #[cfg(test)]
 mod tests {
+    use dsv4_model::ModelConfig;
+    use dsv4_model::cache::PAGE_TOKENS;
+
     use super::*;
     use crate::preflight::host::tests::host;
     use crate::preflight::texts::Meminfo;
+
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
 
     fn config(text: &str) -> ModelConfig {
         ModelConfig::parse(text).unwrap()

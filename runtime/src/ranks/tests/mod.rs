@@ -2,6 +2,7 @@
 
 mod collectives;
 mod locals;
+mod mutations;
 mod peers;
 mod strangers;
 

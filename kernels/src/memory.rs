@@ -1,0 +1,301 @@
+//! How much memory a rank needs: weights, caches, what a step works in, and what surrounds them. Pure arithmetic.
+//!
+//! Lines are exact (weights, caches), bounded by reading the forward pass (workspace) or assumed (a
+//! process, a device context), and say which. The CPU lines count what the CPU backend allocates; the
+//! GPU lines count the packed caches that are designed and constants that a GB10 has yet to confirm.
+//! Absent: what a machine has, and the verdict; who plans knows the machine.
+
+use dsv4_model::ModelConfig;
+use dsv4_model::cache::{PAGE_TOKENS, PackedCache};
+
+use crate::state::sequence_bytes;
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+/// Most drafts that a step verifies.
+pub const DRAFTS_MAX: u64 = 16;
+/// A rank's program, tokenizer, manifest, thread stacks on the CPU.
+const PROCESS_BYTES: u64 = 64 * MIB;
+/// A GPU rank's host side: the same, with the driver's libraries.
+const GPU_PROCESS_BYTES: u64 = 512 * MIB;
+/// The ring of pinned buffers that blocks are verified in: 64 of 4 MiB.
+const STAGING_BYTES: u64 = 256 * MIB;
+/// A device context with loaded kernels.
+const DEVICE_CONTEXT_BYTES: u64 = 512 * MIB;
+/// Captured graphs of all step shapes.
+const GRAPHS_BYTES: u64 = 256 * MIB;
+/// Buffers of the exchange between ranks.
+const COMMUNICATION_BYTES: u64 = GIB;
+/// Left to others on a GB10, where memory that runs short ends the machine and not a program.
+const GB10_RESERVE_BYTES: u64 = 6 * GIB;
+const VALUE_BYTES: u64 = 4;
+
+/// Which backend a plan is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The CPU backend as it is.
+    Cpu,
+    /// The GPU backend as it is designed.
+    Cuda,
+}
+
+impl Target {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Target::Cpu => "cpu",
+            Target::Cuda => "cuda",
+        }
+    }
+}
+
+/// How well a number is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Basis {
+    /// Counted.
+    Exact,
+    /// Not more than this.
+    Bound,
+    /// A guess that a measurement has to replace.
+    Assumed,
+}
+
+impl Basis {
+    /// As printed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Basis::Exact => "exact",
+            Basis::Bound => "upper bound",
+            Basis::Assumed => "assumed",
+        }
+    }
+}
+
+/// What is planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// Backend.
+    pub target: Target,
+    /// Tokens of a sequence, prompt and answer.
+    pub context: u64,
+    /// Sequences at once.
+    pub sequences: u64,
+    /// Rows of a prefill step.
+    pub chunk: u64,
+    /// Compute threads of a rank.
+    pub threads: u64,
+    /// Whether the logits of all rows are wanted, not only those of a next token.
+    pub all_logits: bool,
+    /// Bytes to leave to others; by the host's kind if none.
+    pub reserve: Option<u64>,
+}
+
+/// The ranks that run on one machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Ranks<'a> {
+    /// The model.
+    pub config: &'a ModelConfig,
+    /// Ranks in all.
+    pub tp: u32,
+    /// Rank and bytes of its weights in memory.
+    pub here: &'a [(u32, u64)],
+}
+
+/// One line of a rank's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// What needs the memory.
+    pub what: &'static str,
+    /// How much.
+    pub bytes: u64,
+    /// How well that is known.
+    pub basis: Basis,
+}
+
+/// What one rank needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RankTable {
+    /// The rank.
+    pub rank: u32,
+    /// Its memory by use; the same uses for every rank.
+    pub lines: Vec<Line>,
+}
+
+impl RankTable {
+    /// All lines.
+    pub fn bytes(&self) -> u64 {
+        self.lines.iter().map(|l| l.bytes).fold(0, u64::saturating_add)
+    }
+}
+
+/// Bytes to leave to others unless told: 6 GiB on a GB10, else a twentieth of the machine's `total` within 256 MiB and 6 GiB.
+///
+/// Where only programs compete, a shortage costs a program and the kernel's own floors are already outside
+/// what is available; so a small machine may use nearly all it has.
+pub fn default_reserve(total: u64, is_gb10: bool) -> u64 {
+    if is_gb10 { GB10_RESERVE_BYTES } else { (total / 20).clamp(256 * MIB, GB10_RESERVE_BYTES) }
+}
+
+/// Floats of activations that are alive at once for a row of a step, at most.
+fn row_values(config: &ModelConfig, tp: u64) -> u64 {
+    let c = config;
+    let local = |n: u64| n.div_ceil(tp);
+    // Streams: of the last trunk and draft steps, of this one, and a copy that the draft block makes.
+    let streams = 4 * c.hc_mult * c.hidden_size;
+    let layer = 6 * c.hidden_size;
+    let queries = 4 * local(c.num_attention_heads * c.head_dim) + 3 * c.q_lora_rank;
+    let rows = 8 * c.head_dim + 6 * c.index_head_dim;
+    let index = 3 * c.index_n_heads * c.index_head_dim + c.index_topk;
+    let output = 3 * local(c.o_groups * c.o_lora_rank);
+    let experts = 4 * c.hidden_size + 6 * local(c.moe_intermediate_size) + 3 * c.n_routed_experts;
+    streams + layer + queries + rows + index + output + experts
+}
+
+/// Bytes of everything a step needs and gives back.
+fn workspace_bytes(ranks: &Ranks<'_>, asked: &Asked) -> u64 {
+    let (c, tp) = (ranks.config, u64::from(ranks.tp));
+    let rows = asked.chunk.max(1 + DRAFTS_MAX);
+    let steps = rows * row_values(c, tp);
+    // Of one vocabulary row: this rank's part, all parts, the joined row.
+    let wanted = if asked.all_logits { rows } else { 1 + DRAFTS_MAX };
+    let logits = 3 * wanted * c.vocab_size;
+    // A thread scores every index entry of a row and lists the rows it attends to.
+    let entries = asked.context / 4 * 2;
+    let attended = 6 * (c.sliding_window + c.index_topk + asked.context / 128);
+    let weights = 4 * c.hidden_size.max(c.num_attention_heads * c.head_dim);
+    let threads = asked.threads * (entries + attended + weights);
+    (steps + logits + threads) * VALUE_BYTES
+}
+
+/// Bytes of the caches of all sequences on one rank.
+fn cache_bytes(config: &ModelConfig, asked: &Asked) -> u64 {
+    let one = match asked.target {
+        Target::Cpu => sequence_bytes(config, asked.chunk.max(1 + DRAFTS_MAX) as usize, asked.context),
+        Target::Cuda => PackedCache::new(config).sequence_bytes(asked.context, config.sliding_window + DRAFTS_MAX),
+    };
+    one.saturating_mul(asked.sequences)
+}
+
+/// What every rank of a machine needs.
+pub fn tables(ranks: &Ranks<'_>, asked: &Asked) -> Vec<RankTable> {
+    let caches = cache_bytes(ranks.config, asked);
+    let workspace = workspace_bytes(ranks, asked);
+    let of = |&(rank, weights): &(u32, u64)| {
+        let mut lines = vec![("weights", weights, Basis::Exact), ("KV caches", caches, Basis::Exact)];
+        match asked.target {
+            Target::Cpu => {
+                lines.extend([("workspace", workspace, Basis::Bound), ("process", PROCESS_BYTES, Basis::Assumed)]);
+            }
+            Target::Cuda => {
+                // In prefill the window rows of a chunk lie beside the windows.
+                let chunk = PackedCache::new(ranks.config).window_bytes(asked.chunk);
+                let communication = if ranks.tp > 1 { COMMUNICATION_BYTES } else { 0 };
+                lines.extend([
+                    ("workspace", workspace.saturating_add(chunk), Basis::Assumed),
+                    ("graphs", GRAPHS_BYTES, Basis::Assumed),
+                    ("communication", communication, Basis::Assumed),
+                    ("device context", DEVICE_CONTEXT_BYTES, Basis::Assumed),
+                    ("staging", STAGING_BYTES, Basis::Exact),
+                    ("process", GPU_PROCESS_BYTES, Basis::Assumed),
+                ]);
+            }
+        }
+        let lines = lines.into_iter().map(|(what, bytes, basis)| Line { what, bytes, basis }).collect();
+        RankTable { rank, lines }
+    };
+    ranks.here.iter().map(of).collect()
+}
+
+/// What all ranks of a machine need together.
+pub fn total(tables: &[RankTable]) -> u64 {
+    tables.iter().map(RankTable::bytes).fold(0, u64::saturating_add)
+}
+
+/// The largest context in whole pages, or the model's own, for which all ranks here need at most `usable` bytes.
+pub fn largest_context(ranks: &Ranks<'_>, asked: &Asked, usable: u64) -> Option<u64> {
+    let model = ranks.config.max_position_embeddings;
+    let context = |pages: u64| (pages * PAGE_TOKENS).min(model);
+    let fits = |pages: u64| total(&tables(ranks, &Asked { context: context(pages), ..*asked })) <= usable;
+    // Needs grow with the context: `low` pages fit, `high` pages do not.
+    let (mut low, mut high) = (0, model.div_ceil(PAGE_TOKENS) + 1);
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        if fits(middle) { low = middle } else { high = middle }
+    }
+    (low > 0).then(|| context(low))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A rank's arena of Flash at TP 2.
+    const FLASH_TP2_BYTES: u64 = 80_509_665_280;
+
+    fn flash() -> ModelConfig {
+        ModelConfig::parse(include_str!("../../tests/golden/flash_config.json")).unwrap()
+    }
+
+    fn asked(target: Target, context: u64) -> Asked {
+        Asked { target, context, sequences: 1, chunk: 256, threads: 20, all_logits: false, reserve: None }
+    }
+
+    fn lines(tp: u32, asked: &Asked) -> Vec<(&'static str, u64, &'static str)> {
+        let config = flash();
+        let tables = tables(&Ranks { config: &config, tp, here: &[(0, FLASH_TP2_BYTES)] }, asked);
+        tables[0].lines.iter().map(|l| (l.what, l.bytes, l.basis.name())).collect()
+    }
+
+    /// Flash at TP 2, 65,536 tokens, by hand.
+    #[test]
+    fn flash_by_hand() {
+        // Floats of a row: 4 copies of 4 streams, 6 layer inputs, queries of 32 heads, rows of keys and of the
+        // indexer, its 64 heads and 512 choices, 4 output groups of 1024, half an expert's 2048.
+        let row = 4 * 4 * 4096
+            + 6 * 4096
+            + (4 * 32 * 512 + 3 * 1024)
+            + (8 * 512 + 6 * 128)
+            + (3 * 64 * 128 + 512)
+            + 3 * 4 * 1024
+            + (4 * 4096 + 6 * 1024 + 3 * 256);
+        let threads = 20 * (65_536 / 4 * 2 + 6 * (128 + 512 + 512) + 4 * 32_768);
+        let workspace = 4 * (256 * row + 3 * 17 * 129_280 + threads);
+        let windows = 44 * (128 + 512) * 512 * 4;
+        let csa = 21 * (2 * (8 + 512) * (1024 + 256) + 16_384 * (512 + 128)) * 4;
+        let hca = 20 * (2 * (128 + 512) * 512 + 512 * 512) * 4;
+        assert_eq!(
+            lines(2, &asked(Target::Cpu, 65_536)),
+            [
+                ("weights", FLASH_TP2_BYTES, "exact"),
+                ("KV caches", windows + csa + hca, "exact"),
+                ("workspace", workspace, "upper bound"),
+                ("process", 64 * MIB, "assumed"),
+            ]
+        );
+        // Packed: 3514.25 bytes a token, windows of 128 + 16 rows, open entries; a chunk's window rows in prefill.
+        let caches = 65_536 / 256 * 899_648 + 44 * 144 * 584 + 12_206_080;
+        let asked = Asked { sequences: 3, ..asked(Target::Cuda, 65_536) };
+        let cuda = [
+            ("weights", FLASH_TP2_BYTES, "exact"),
+            ("KV caches", 3 * caches, "exact"),
+            ("workspace", workspace + 44 * 256 * 584, "assumed"),
+            ("graphs", 256 * MIB, "assumed"),
+            ("communication", GIB, "assumed"),
+            ("device context", 512 * MIB, "assumed"),
+            ("staging", 256 * MIB, "exact"),
+            ("process", 512 * MIB, "assumed"),
+        ];
+        assert_eq!(lines(2, &asked), cuda);
+        // One rank exchanges nothing.
+        assert_eq!(lines(1, &asked)[4], ("communication", 0, "assumed"));
+    }
+
+    #[test]
+    fn reserves() {
+        assert_eq!(default_reserve(0, true), 6 * GIB);
+        assert_eq!(default_reserve(0, false), 256 * MIB);
+        assert_eq!(default_reserve(40 * GIB, false), 2 * GIB);
+        assert_eq!(default_reserve(1 << 40, false), 6 * GIB);
+    }
+}
