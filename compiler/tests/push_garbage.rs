@@ -19,7 +19,7 @@ const RECEIVE_CASES: u64 = 20_000;
 const SEND_CASES: u64 = 3_000;
 /// For artifacts as small as these: the blocks' buffers, one frame of the largest kind that grows,
 /// and stacks of threads. A length that is believed would take up to 4 GiB.
-const MEMORY: u64 = 32 << 20 | 48 << 20;
+const MEMORY: u64 = 48 << 20;
 
 struct Noise(u64);
 

@@ -33,6 +33,7 @@ enum Kind {
     ReduceSlice = 2,
     SpreadSlice = 3,
     Gather = 4,
+    Barrier = 5,
 }
 
 impl Kind {
@@ -42,6 +43,7 @@ impl Kind {
             2 => "all_reduce (summing slices)",
             3 => "all_reduce (exchanging slices)",
             4 => "gather",
+            5 => "the wait for all ranks to be loaded,",
             _ => "an unknown collective",
         }
     }
@@ -70,7 +72,7 @@ impl TcpCollective {
     /// Waits until every rank has come here, at most `within`. For phases whose lengths differ
     /// by more than a collective's deadline, such as loading weights.
     pub fn barrier(&mut self, within: Duration) -> Result<(), PeerError> {
-        self.attempt(|this| this.reduce_whole(&mut [], within))
+        self.attempt(|this| this.reduce_whole(Kind::Barrier, &mut [], within))
     }
 
     fn attempt(&mut self, run: impl FnOnce(&mut TcpCollective) -> Result<(), PeerError>) -> Result<(), PeerError> {
@@ -92,13 +94,13 @@ impl TcpCollective {
 
     fn reduce(&mut self, data: &mut [f32]) -> Result<(), PeerError> {
         if self.size <= 2 || size_of_val(data) <= WHOLE_BYTES_MAX {
-            self.reduce_whole(data, self.within)
+            self.reduce_whole(Kind::ReduceWhole, data, self.within)
         } else {
             self.reduce_sliced(data)
         }
     }
 
-    fn reduce_whole(&mut self, data: &mut [f32], within: Duration) -> Result<(), PeerError> {
+    fn reduce_whole(&mut self, kind: Kind, data: &mut [f32], within: Duration) -> Result<(), PeerError> {
         let deadline = Deadline::within(within);
         let length = data.len();
         let received = reserve(&mut self.received, length * self.links.len());
@@ -106,7 +108,7 @@ impl TcpCollective {
         let transfers = split(received, length, self.links.len())
             .into_iter()
             .map(|from| Transfer { out: Some(mine), into: Some(bytemuck::cast_slice_mut(from)) });
-        let header = Header::new(Kind::ReduceWhole, self.sequence, length);
+        let header = Header::new(kind, self.sequence, length);
         exchange(&self.links, transfers.collect(), header, &deadline)?;
         sum_in_rank_order(self.rank as usize, data, received);
         Ok(())

@@ -246,12 +246,17 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Opening, OpeningError> {
     preamble.finish().map_err(OpeningError::Body)?;
     match kind {
         KIND_HELLO => decode_hello(body).map(Opening::Hello),
-        KIND_REFUSED => match Reader::new(body).u8("reason").map_err(OpeningError::Body)? {
-            0 => Ok(Opening::Refused(Refusal::Version)),
-            1 => Ok(Opening::Refused(Refusal::Token)),
-            2 => Ok(Opening::Refused(Refusal::Duplicate)),
-            found => Err(OpeningError::Kind { field: "refusal", found }),
-        },
+        KIND_REFUSED => {
+            let mut reader = Reader::new(body);
+            let reason = reader.u8("reason").map_err(OpeningError::Body)?;
+            reader.finish().map_err(OpeningError::Body)?;
+            match reason {
+                0 => Ok(Opening::Refused(Refusal::Version)),
+                1 => Ok(Opening::Refused(Refusal::Token)),
+                2 => Ok(Opening::Refused(Refusal::Duplicate)),
+                found => Err(OpeningError::Kind { field: "refusal", found }),
+            }
+        }
         found => Err(OpeningError::Kind { field: "frame kind", found }),
     }
 }

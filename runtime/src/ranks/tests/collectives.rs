@@ -197,7 +197,7 @@ fn a_frame_that_is_not_the_expected_one_is_refused() {
     match against(&header, false) {
         PeerError::OutOfStep { found, expected, .. } => {
             assert_eq!(found, "all_reduce number 0 of 2147483648 values");
-            assert_eq!(expected, "all_reduce number 0 of 0 values");
+            assert_eq!(expected, "the wait for all ranks to be loaded, number 0 of 0 values");
         }
         other => panic!("{other}"),
     }

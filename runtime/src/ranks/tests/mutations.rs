@@ -81,5 +81,8 @@ fn a_refusal_reads_back_and_its_alterations_are_others() {
         let mut longer = whole.clone();
         longer.push(0);
         assert!(hello::decode(&longer).is_err(), "a byte behind the frame");
+        let length = whole.len() - 5;
+        longer[length] += 1;
+        assert!(hello::decode(&longer).is_err(), "a byte behind the reason");
     }
 }
