@@ -123,6 +123,11 @@ impl Checkpoint {
         &self.config
     }
 
+    /// Its shards, in the order of their names.
+    pub fn shards(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(DirectFile::path)
+    }
+
     /// Fills `out` with the bytes `range` of a tensor of the table of this checkpoint's config.
     pub fn read(&self, tensor: &StoredTensor, range: Range<u64>, out: &mut [u8]) -> Result<(), CompileError> {
         assert!(range.end <= tensor.bytes && range.end - range.start == out.len() as u64, "{range:?} of {tensor:?}");

@@ -11,7 +11,7 @@ use dsv4c::CompileError;
 use dsv4c::checkpoint::Config;
 use dsv4c::diff::diff;
 use dsv4c::inspect;
-use dsv4c::pack::{MEMORY_DEFAULT, PackOptions, pack};
+use dsv4c::pack::{JOURNAL_EVERY_DEFAULT, MEMORY_DEFAULT, PackOptions, pack_and_tell};
 use dsv4c::plan::Plan;
 use dsv4c::plan::forecast::{Forecast, ForecastOptions};
 use dsv4c::push::{self, PushOptions, Ranks, ReceiveOptions, Receiver, Token};
@@ -35,6 +35,9 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     /// Packs a checkpoint into an artifact.
+    ///
+    /// After a kill, a power loss or a failed disk the same command goes on where the journal ends; other
+    /// threads, memory and marks are the same command.
     Pack(PackArgs),
     /// Says what a pack would write, and whether disk and memory suffice; reads no weights.
     ///
@@ -212,9 +215,13 @@ struct PackArgs {
     /// Do not read the rank files back before they get their name.
     #[arg(long)]
     no_verify: bool,
-    /// Discard what an interrupted pack left (every pack does: none is resumed).
+    /// Discard what an interrupted pack or receive left, instead of going on with it.
     #[arg(long)]
     fresh: bool,
+    /// Bytes written between two marks of the journal, with an optional K, M or G; an interruption costs
+    /// up to twice as many.
+    #[arg(long, value_name = "BYTES", value_parser = bytes, default_value_t = JOURNAL_EVERY_DEFAULT)]
+    journal_every: u64,
     /// The summary for programs.
     #[arg(long)]
     json: bool,
@@ -258,8 +265,13 @@ pub fn run() -> Result<(), CompileError> {
                 force: args.force,
                 sha256: args.sha256,
                 read_back: !args.no_verify,
+                fresh: args.fresh,
+                journal_every: args.journal_every,
             };
-            let report = pack(&options, &bar)?;
+            // Where stderr leads nowhere there is nobody to tell.
+            let tell = |line: &str| drop(writeln!(std::io::stderr(), "{line}"));
+            let report =
+                if cli.quiet { pack_and_tell(&options, &bar, &|_| ()) } else { pack_and_tell(&options, &bar, &tell) }?;
             print(args.json, || report.to_json(), || report.to_text())?;
         }
         Verb::Plan(args) => {

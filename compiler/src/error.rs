@@ -104,7 +104,10 @@ impl CompileError {
     pub fn exit_code(&self) -> u8 {
         match self {
             CompileError::Usage { .. } | CompileError::Model { source: ModelError::Tp { .. }, .. } => 2,
-            CompileError::Format(FormatError::Memory { .. } | FormatError::Thread { .. }) => 4,
+            CompileError::Format(error) => match error {
+                FormatError::Kept { source, .. } => format_exit_code(source),
+                error => format_exit_code(error),
+            },
             CompileError::Network { .. } | CompileError::Peer { .. } | CompileError::Refused { .. } => 5,
             _ => 3,
         }
@@ -116,6 +119,13 @@ impl CompileError {
 
     pub(crate) fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> CompileError + 'a {
         move |source| CompileError::Io { action, path: path.to_path_buf(), source }
+    }
+}
+
+fn format_exit_code(error: &FormatError) -> u8 {
+    match error {
+        FormatError::Memory { .. } | FormatError::Thread { .. } => 4,
+        _ => 3,
     }
 }
 

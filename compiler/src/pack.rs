@@ -5,30 +5,42 @@
 //! writers, which hash and write on their own. Tiles in flight are counted, so memory is bounded
 //! whatever the tensor sizes; neither the number of threads nor the tile size changes a byte. Before
 //! the artifact gets its name the rank files are read back from the medium.
+//!
+//! A journal in the partial artifact says how far everything is on the medium: the same command goes
+//! on from there after a kill, a power loss or a fault of the machine. What is wrong with the checkpoint
+//! or the command leaves nothing.
 
 mod side_files;
+mod source;
 mod tiles;
 
+use std::ffi::OsStr;
 use std::num::NonZeroUsize;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
 
 use dsv4_format::io::raise_open_files;
 use dsv4_format::{
-    Artifact, CommitInput, Digest, Draft, DraftOptions, Outcome, Progress, RankFile, RankWriter, SourceId,
+    Artifact, CommitInput, Digest, Draft, DraftOptions, FormatError, Found, JournalOptions, Outcome, Progress,
+    RankFile, RankWriter, SourceId, Tensor,
 };
 use dsv4_model::contract;
-use dsv4_model::tensors::StoredTensor;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::CompileError;
 use crate::plan::Plan;
+use source::Source;
 use tiles::{Reader, Ready};
 
+const PROGRAM: &str = concat!("dsv4c ", env!("CARGO_PKG_VERSION"));
 const ZEROS: [u8; 4096] = [0; 4096];
 /// Default of [`PackOptions::memory`].
 pub const MEMORY_DEFAULT: u64 = 2 << 30;
+/// Default of [`PackOptions::journal_every`].
+pub const JOURNAL_EVERY_DEFAULT: u64 = 512 << 20;
+const JOURNAL_EVERY_MIN: u64 = 1 << 20;
 
 /// What to pack, and with how much of the machine.
 #[derive(Clone, Debug)]
@@ -51,6 +63,10 @@ pub struct PackOptions {
     pub sha256: Option<PathBuf>,
     /// Read the rank files back before they get their name, and compare every block.
     pub read_back: bool,
+    /// Discard what an interrupted pack or receive left, instead of going on with it.
+    pub fresh: bool,
+    /// Bytes of output between two marks of the journal, at least 1 MiB: an interruption costs up to twice as many.
+    pub journal_every: u64,
 }
 
 impl PackOptions {
@@ -66,6 +82,8 @@ impl PackOptions {
             force: false,
             sha256: None,
             read_back: true,
+            fresh: false,
+            journal_every: JOURNAL_EVERY_DEFAULT,
         }
     }
 }
@@ -83,10 +101,14 @@ pub struct PackReport {
     pub source_id: String,
     /// Number of ranks.
     pub tp: u32,
-    /// Tensors read.
+    /// Tensors packed.
     pub tensors: u64,
-    /// Weight bytes read.
+    /// Weight bytes packed.
     pub source_bytes: u64,
+    /// How many of them an interrupted pack had packed already.
+    pub resumed_bytes: u64,
+    /// How many were read this time.
+    pub read_bytes: u64,
     /// Length of each rank's file; index = rank.
     pub rank_bytes: Vec<u64>,
     /// From opening to the final name.
@@ -98,9 +120,9 @@ pub struct PackReport {
 }
 
 impl PackReport {
-    /// Source bytes per second, in 10^9.
+    /// Source bytes read per second, in 10^9.
     pub fn gb_per_s(&self) -> f64 {
-        self.source_bytes as f64 / self.seconds.max(1e-9) / 1e9
+        self.read_bytes as f64 / self.seconds.max(1e-9) / 1e9
     }
 
     /// The report for programs.
@@ -109,6 +131,7 @@ impl PackReport {
             "out": self.out.display().to_string(), "outcome": outcome_name(self.outcome),
             "artifact_id": self.artifact_id, "weight_set_id": self.weight_set_id, "source_id": self.source_id,
             "tp": self.tp, "tensors": self.tensors, "source_bytes": self.source_bytes,
+            "resumed_bytes": self.resumed_bytes, "read_bytes": self.read_bytes,
             "rank_bytes": self.rank_bytes, "seconds": self.seconds, "gb_per_s": self.gb_per_s(),
             "read_back_seconds": self.read_back_seconds,
         })
@@ -121,8 +144,12 @@ impl PackReport {
             Some(seconds) => format!("{seconds:.1} s of it to read back what was written"),
             None => "not read back".into(),
         };
+        let resumed = match self.resumed_bytes {
+            0 => String::new(),
+            bytes => format!("{bytes} bytes were there from an interrupted pack, {} were read\n", self.read_bytes),
+        };
         format!(
-            "{}: {}\n{} tensors, {} bytes for {} ranks of {} bytes in {:.1} s ({:.2} GB/s), {read_back}\nartifact id {}\n",
+            "{}: {}\n{} tensors, {} bytes for {} ranks of {} bytes in {:.1} s ({:.2} GB/s), {read_back}\n{resumed}artifact id {}\n",
             self.out.display(),
             outcome_name(self.outcome),
             self.tensors,
@@ -145,12 +172,22 @@ fn outcome_name(outcome: Outcome) -> &'static str {
     }
 }
 
-/// Packs a checkpoint.
+/// Packs a checkpoint, telling nobody what it does about an interrupted pack. See [`pack_and_tell`].
+pub fn pack(options: &PackOptions, progress: &dyn Progress) -> Result<PackReport, CompileError> {
+    pack_and_tell(options, progress, &|_| ())
+}
+
+/// Packs a checkpoint, or goes on with a pack of it that was interrupted; `tell` gets a line for people
+/// when there was one.
 ///
 /// Errors: a checkpoint that is damaged or of another model, a `tp` that cuts a head, group or tile
 /// (before any weight is read), a name that is taken, a full disk, a disk that does not give back what
-/// was written. A failed pack leaves nothing.
-pub fn pack(options: &PackOptions, progress: &dyn Progress) -> Result<PackReport, CompileError> {
+/// was written. A failed pack leaves nothing, unless the error is [`FormatError::Kept`].
+pub fn pack_and_tell(
+    options: &PackOptions,
+    progress: &dyn Progress,
+    tell: &dyn Fn(&str),
+) -> Result<PackReport, CompileError> {
     let started = Instant::now();
     raise_open_files();
     let checkpoint = Checkpoint::open(&options.checkpoint)?;
@@ -164,72 +201,168 @@ pub fn pack(options: &PackOptions, progress: &dyn Progress) -> Result<PackReport
     if !options.force {
         refuse_another(&out, &plan, &config_json)?;
     }
-    if let Some(rank) = options.rank.filter(|rank| *rank >= options.tp) {
-        let expected = format!("a rank below {}", options.tp);
-        let help = "ranks are counted from 0";
-        return Err(CompileError::Usage { what: "--rank", expected, found: rank.to_string(), help });
-    }
+    check_usage(options)?;
     if let Some(list) = &options.sha256 {
         let jobs = options.jobs.or_else(|| std::thread::available_parallelism().ok());
         checkpoint.check_sums(list, jobs.map_or(1, NonZeroUsize::get), progress)?;
     }
     let reader = Reader::new(&checkpoint, &plan, options.jobs, options.memory)?;
-    let draft_options = DraftOptions { only_rank: options.rank };
-    let mut draft = Draft::create(&out, plan.layouts.clone(), &draft_options)?;
-    let mut writers = Vec::new();
-    for rank in 0..options.tp {
-        writers.push(draft.rank_writer(rank)?);
-    }
-    progress.start("pack", plan.checkpoint_bytes());
-    let mut source = SourceHash::default();
-    reader.run(|ready| {
-        append(&plan, &mut writers, &mut source, ready)?;
-        progress.add(ready.bytes.len() as u64);
-        Ok(())
-    })?;
-    progress.finish();
-    let ranks: Result<Vec<RankFile>, _> = writers.into_iter().map(RankWriter::finish).collect();
-    let ranks = ranks?;
-    let read_back_seconds = match options.read_back {
-        true => {
-            let started = Instant::now();
-            draft.read_back(&ranks, progress)?;
-            Some(started.elapsed().as_secs_f64())
-        }
-        false => None,
+    let journal = JournalOptions {
+        plan: plan_hash(&checkpoint, &plan, options, &config_json)?,
+        every_bytes: options.journal_every,
+        fresh: options.fresh,
     };
+    let mut draft = Draft::resume(&out, plan.layouts.clone(), &DraftOptions { only_rank: options.rank }, &journal)?;
+    let kept = |draft: &mut Draft, e| match e {
+        CompileError::Format(e) => CompileError::Format(draft.failed(e)),
+        e => e,
+    };
+    let weights =
+        write_weights(options, &plan, &reader, &mut draft, progress, tell).map_err(|e| kept(&mut draft, e))?;
     // The texts, not only their hashes: a program that refuses the artifact can then say why.
     meta.push((contract::OP_CONTRACT_NAME.into(), contract::op_contract().into_bytes()));
     meta.push((contract::WEIGHT_CONTRACT_NAME.into(), contract::weight_contract().into_bytes()));
-    draft.write_meta(&meta)?;
-    let source_id = source.finish();
+    draft.write_meta(&meta).map_err(|e| draft.failed(e))?;
     let input = CommitInput {
         config_json,
-        source_id,
+        source_id: weights.source_id,
         weight_contract: Digest(contract::hash(&contract::weight_contract())),
         op_contract: Digest(contract::hash(&contract::op_contract())),
         canary: None,
-        ranks,
-        receipt: receipt(options, &plan, started, read_back_seconds),
+        ranks: weights.ranks,
+        receipt: receipt(options, &plan, started, weights.read_back_seconds),
     };
     let committed = draft.commit(input, options.force, progress)?;
     Ok(PackReport {
         out,
         artifact_id: committed.artifact_id.to_string(),
         weight_set_id: committed.weight_set_id.to_string(),
-        source_id: source_id.to_string(),
+        source_id: weights.source_id.to_string(),
         tp: options.tp,
         tensors: plan.tensors(),
         source_bytes: plan.checkpoint_bytes(),
+        resumed_bytes: weights.resumed_bytes,
+        read_bytes: weights.read_bytes,
         rank_bytes: plan.rank_file_bytes(),
         seconds: started.elapsed().as_secs_f64(),
-        read_back_seconds,
+        read_back_seconds: weights.read_back_seconds,
         outcome: committed.outcome,
     })
 }
 
+fn check_usage(options: &PackOptions) -> Result<(), CompileError> {
+    if let Some(rank) = options.rank.filter(|rank| *rank >= options.tp) {
+        let expected = format!("a rank below {}", options.tp);
+        let help = "ranks are counted from 0";
+        return Err(CompileError::Usage { what: "--rank", expected, found: rank.to_string(), help });
+    }
+    if options.journal_every < JOURNAL_EVERY_MIN {
+        let (expected, found) = (format!("at least {JOURNAL_EVERY_MIN} bytes"), options.journal_every.to_string());
+        let help = "marks cost time; the default is one in 512M";
+        return Err(CompileError::Usage { what: "--journal-every", expected, found, help });
+    }
+    Ok(())
+}
+
+/// Rank files, written and read back.
+struct Weights {
+    ranks: Vec<RankFile>,
+    source_id: SourceId,
+    resumed_bytes: u64,
+    read_bytes: u64,
+    read_back_seconds: Option<f64>,
+}
+
+fn write_weights(
+    options: &PackOptions,
+    plan: &Plan,
+    reader: &Reader<'_>,
+    draft: &mut Draft,
+    progress: &dyn Progress,
+    tell: &dyn Fn(&str),
+) -> Result<Weights, CompileError> {
+    let mut source = found_source(plan, draft, tell)?;
+    let resumed_bytes = source.bytes();
+    let writers: Result<Vec<RankWriter>, _> = (0..options.tp).map(|rank| draft.rank_writer(rank)).collect();
+    let mut writers = writers?;
+    let mut marks = draft.marks(&writers)?;
+    progress.start("pack", plan.checkpoint_bytes());
+    progress.add(resumed_bytes);
+    let mut read_bytes = 0;
+    reader.run(source.place, |ready| {
+        append(plan, &mut writers, &mut source, ready)?;
+        marks.offer(&mut writers, || source.note())?;
+        read_bytes += ready.bytes.len() as u64;
+        progress.add(ready.bytes.len() as u64);
+        Ok(())
+    })?;
+    progress.finish();
+    let ranks = marks.finish(writers, source.note())?;
+    let started = Instant::now();
+    if options.read_back {
+        draft.read_back(&ranks, progress)?;
+    }
+    let read_back_seconds = options.read_back.then(|| started.elapsed().as_secs_f64());
+    Ok(Weights { ranks, source_id: source.finish(), resumed_bytes, read_bytes, read_back_seconds })
+}
+
+/// The source at the place where the draft's writers begin.
+fn found_source(plan: &Plan, draft: &Draft, tell: &dyn Fn(&str)) -> Result<Source, CompileError> {
+    match draft.found() {
+        Found::Nothing => Ok(Source::default()),
+        Found::Discarded(reason) => {
+            tell(&format!("starts over with a pack that was interrupted: {reason}"));
+            Ok(Source::default())
+        }
+        Found::Marks(notes) => {
+            let Some(source) = Source::resume(plan, notes) else {
+                let (expected, found) = ("notes of this plan".into(), format!("{} others", notes.len()));
+                return Err(FormatError::Journal { path: draft.path().to_path_buf(), expected, found }.into());
+            };
+            let (there, all) = (source.bytes(), plan.checkpoint_bytes());
+            tell(&format!("goes on with a pack that was interrupted: {there} of {all} bytes are there"));
+            Ok(source)
+        }
+    }
+}
+
+/// Names everything that decides which bytes go where: only an attempt at the same plan is gone on
+/// with. Sizes and times of the shards stand for their content.
+fn plan_hash(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    options: &PackOptions,
+    config_json: &str,
+) -> Result<Digest, CompileError> {
+    let mut shards = Vec::new();
+    for path in checkpoint.shards() {
+        let meta = path.metadata().map_err(CompileError::io("examine", path))?;
+        shards.push(json!([
+            path.file_name().map(OsStr::to_string_lossy),
+            meta.size(),
+            meta.mtime(),
+            meta.mtime_nsec()
+        ]));
+    }
+    let layouts = plan.layouts.iter().map(|layout| {
+        let tensors = layout.sections().iter().flat_map(|section| {
+            let tensor = |t: &Tensor| {
+                json!([section.name, section.offset, section.len, t.name, t.dtype, t.shape, t.offset, t.len])
+            };
+            section.tensors.iter().map(tensor)
+        });
+        tensors.collect::<Value>()
+    });
+    let text = json!({
+        "program": PROGRAM, "config": config_json, "tp": options.tp, "rank": options.rank,
+        "weight_contract": contract::weight_contract(), "op_contract": contract::op_contract(),
+        "layouts": layouts.collect::<Value>(), "shards": shards,
+    });
+    Ok(Digest::of(text.to_string().as_bytes()))
+}
+
 /// Hands one tile's pieces to the rank writers and its bytes or hash to the source's id.
-fn append(plan: &Plan, writers: &mut [RankWriter], source: &mut SourceHash, ready: &Ready) -> Result<(), CompileError> {
+fn append(plan: &Plan, writers: &mut [RankWriter], source: &mut Source, ready: &Ready) -> Result<(), CompileError> {
     let name = &plan.rows[ready.tile.row].row.name;
     for (writer, piece) in writers.iter_mut().zip(&ready.pieces) {
         let bytes = piece.bytes(&ready.bytes);
@@ -243,51 +376,8 @@ fn append(plan: &Plan, writers: &mut [RankWriter], source: &mut SourceHash, read
             padding -= part;
         }
     }
-    source.add(ready);
+    source.add(plan, ready);
     Ok(())
-}
-
-/// The checkpoint's identity: BLAKE3 in derive-key mode over its tensors by name, encoded as all ids
-/// are (little-endian, texts and lists preceded by their length as u64).
-#[derive(Default)]
-struct SourceHash {
-    tensors: Vec<(StoredTensor, blake3::Hash)>,
-    /// Of the tensor whose tiles are arriving.
-    open: blake3::Hasher,
-}
-
-impl SourceHash {
-    /// Tiles come in order; a tile that is a whole tensor brings its hash along.
-    fn add(&mut self, ready: &Ready) {
-        if let Some(hash) = ready.hash {
-            self.tensors.push((ready.tensor.clone(), hash));
-            return;
-        }
-        self.open.update(&ready.bytes);
-        if self.open.count() == ready.tensor.bytes {
-            self.tensors.push((ready.tensor.clone(), self.open.finalize()));
-            self.open.reset();
-        }
-    }
-
-    fn finish(mut self) -> SourceId {
-        self.tensors.sort_by(|a, b| a.0.name.cmp(&b.0.name));
-        let mut out = blake3::Hasher::new_derive_key("dsv4 source v1");
-        let text = |out: &mut blake3::Hasher, text: &str| {
-            out.update(&(text.len() as u64).to_le_bytes()).update(text.as_bytes());
-        };
-        out.update(&(self.tensors.len() as u64).to_le_bytes());
-        for (tensor, hash) in &self.tensors {
-            text(&mut out, &tensor.name);
-            text(&mut out, tensor.dtype);
-            out.update(&(tensor.shape.len() as u64).to_le_bytes());
-            for dim in &tensor.shape {
-                out.update(&dim.to_le_bytes());
-            }
-            out.update(hash.as_bytes());
-        }
-        SourceId(*out.finalize().as_bytes())
-    }
 }
 
 /// config.json without its white space; the order of keys stays.
@@ -335,7 +425,7 @@ fn refuse_another(out: &Path, plan: &Plan, config_json: &str) -> Result<(), Comp
 fn receipt(options: &PackOptions, plan: &Plan, started: Instant, read_back_seconds: Option<f64>) -> Map<String, Value> {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut out = Map::new();
-    out.insert("program".into(), concat!("dsv4c ", env!("CARGO_PKG_VERSION")).into());
+    out.insert("program".into(), PROGRAM.into());
     out.insert("checkpoint".into(), options.checkpoint.display().to_string().into());
     out.insert("sha256_checked".into(), options.sha256.is_some().into());
     out.insert("source_bytes".into(), plan.checkpoint_bytes().into());

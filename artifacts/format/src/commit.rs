@@ -17,10 +17,11 @@ use crate::error::FormatError;
 use crate::header::{HEADER_BYTES, MANIFEST_FILE, META_FILE, RECEIPT_FILE, Superblock, rank_file_name};
 use crate::identity::index_hash;
 use crate::io::AlignedBuf;
+use crate::journal::JOURNAL_FILE;
 use crate::manifest::{
     ArtifactId, Canary, Digest, KernelSetId, Manifest, RankFile, SourceId, StoredFile, WeightSetId, encode,
 };
-use crate::partial::{lock_directory, sync_directory};
+use crate::partial::{lock_directory, remove_file, sync_directory};
 use crate::progress::Progress;
 
 /// What the packer knows and the files do not say.
@@ -65,9 +66,18 @@ impl Draft {
     ///
     /// Errors: [`FormatError::Exists`] (another artifact, or the same but damaged), [`FormatError::Input`]
     /// and [`FormatError::Manifest`] for contradicting input, I/O. The partial directory is removed in
-    /// every case.
+    /// every case but that of [`FormatError::Kept`].
     pub fn commit(
         mut self,
+        input: CommitInput,
+        force: bool,
+        progress: &dyn Progress,
+    ) -> Result<Committed, FormatError> {
+        self.try_commit(input, force, progress).map_err(|e| self.failed(e))
+    }
+
+    fn try_commit(
+        &mut self,
         input: CommitInput,
         force: bool,
         progress: &dyn Progress,
@@ -92,6 +102,7 @@ impl Draft {
         self.write_new(MANIFEST_FILE, &encode(&manifest, &path)?)?;
         self.write_receipt(receipt, &manifest)?;
         if !replace {
+            self.drop_journal()?;
             self.partial.publish()?;
             return Ok(committed(Outcome::Created));
         }
@@ -102,8 +113,16 @@ impl Draft {
             e => FormatError::io("lock", self.partial.out(), 0, e.into()),
         })?);
         self.keep_other_ranks(&manifest)?;
+        self.drop_journal()?;
         self.partial.replace()?;
         Ok(committed(Outcome::Replaced))
+    }
+
+    /// The last thing before the final name, when all the rest is on the medium. A crash in between
+    /// leaves a whole artifact without a journal, which the next attempt discards.
+    fn drop_journal(&self) -> Result<(), FormatError> {
+        self.partial.sync_names()?;
+        remove_file(&self.partial.path().join(JOURNAL_FILE))
     }
 
     fn manifest(&mut self, input: CommitInput) -> Result<Manifest, FormatError> {

@@ -58,6 +58,15 @@ pub enum FormatError {
     #[error("{path}: an artifact is already here: expected {expected}, found {found}\n  help: choose another name, or replace it with --force", path = path.display())]
     Exists { path: PathBuf, expected: ArtifactId, found: String },
 
+    #[error("{path}: expected nothing, or what an interrupted {expected} left, found what an interrupted {found} left\n  help: {help}", path = path.display())]
+    Unfinished { path: PathBuf, expected: &'static str, found: &'static str, help: &'static str },
+
+    #[error("{source}\n  help: what is written so far is kept in {path}: the same command goes on with it, --fresh discards it", path = path.display())]
+    Kept { path: PathBuf, source: Box<FormatError> },
+
+    #[error("{path}: the journal's marks contradict each other: expected {expected}, found {found}\n  help: this is a fault of the packer; pack with --fresh, and report it with the command line", path = path.display())]
+    Journal { path: PathBuf, expected: String, found: String },
+
     #[error("{path}: expected a free name or an artifact, found {found}\n  help: choose another name; what is there is never overwritten, not even with --force", path = path.display())]
     Occupied { path: PathBuf, found: String },
 
@@ -162,6 +171,21 @@ impl FormatError {
     pub(crate) fn fact(&self) -> String {
         let text = self.to_string();
         text.split_once("\n  help: ").map_or(text.clone(), |(fact, _)| fact.to_owned())
+    }
+
+    /// Whether the machine failed, or another program was in the way: then what was written before is as
+    /// good as it was.
+    pub(crate) fn is_of_the_machine(&self) -> bool {
+        matches!(
+            self,
+            FormatError::Io { .. }
+                | FormatError::NoSpace { .. }
+                | FormatError::Memory { .. }
+                | FormatError::Thread { .. }
+                | FormatError::OpenFiles { .. }
+                | FormatError::Busy { .. }
+                | FormatError::WriterFailed { .. }
+        )
     }
 
     /// Wraps an I/O error; a full disk becomes [`FormatError::NoSpace`], too many open files

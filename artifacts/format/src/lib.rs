@@ -17,10 +17,12 @@ mod error;
 mod header;
 mod identity;
 pub mod io;
+mod journal;
 mod layout;
 mod load;
 mod manifest;
 mod map;
+mod marks;
 mod members;
 mod minisign;
 mod parallel;
@@ -30,11 +32,12 @@ mod rank_writer;
 mod receive;
 mod section;
 mod signature;
+mod tree_hash;
 mod verify;
 
 pub use artifact::Artifact;
 pub use commit::{CommitInput, Committed, Outcome};
-pub use draft::{Draft, DraftOptions, KernelInput};
+pub use draft::{Draft, DraftOptions, Found, JournalOptions, KernelInput};
 pub use error::{FormatError, SuperblockCopy};
 pub use header::{BLOCK_BYTES, FORMAT_VERSION, MANIFEST_BYTES_MAX, SECTION_ALIGN};
 pub use layout::{Place, RankLayout, SectionLayout, SectionPlan, TensorPlan};
@@ -43,9 +46,11 @@ pub use manifest::{
     ArtifactId, Canary, Digest, KernelRecord, KernelSetId, Manifest, Member, RankFile, Section, SourceId, StoredFile,
     Tensor, WeightSetId,
 };
+pub use marks::Marks;
 pub use partial::Partial;
 pub use progress::{NoProgress, Progress};
 pub use rank_writer::RankWriter;
 pub use receive::Receiving;
 pub use signature::SIGNATURE_BYTES_MAX;
+pub use tree_hash::TreeHash;
 pub use verify::VerifyReport;

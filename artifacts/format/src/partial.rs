@@ -1,8 +1,8 @@
 //! A directory being written as `.NAME.partial` beside its final place.
 //!
 //! The directory itself carries an exclusive flock: a second writer is refused, and a killed one
-//! leaves no lock behind. What a killed writer left in it is discarded, as far as every name is one
-//! that a writer of this kind gives; anything else is somebody's data and is never removed. Only
+//! leaves no lock behind. What a killed writer left in it is discarded (or resumed, where the caller
+//! can), as far as every name is one that a writer of this kind gives; anything else is somebody's data and is never removed. Only
 //! [`Partial::publish`] gives the final name, after everything inside is on the medium.
 
 use std::fs::{self, File};
@@ -14,6 +14,7 @@ use rustix::fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use crate::error::FormatError;
+use crate::header::MANIFEST_FILE;
 
 /// The locked directory; what is in it is removed on drop unless it was published.
 pub struct Partial {
@@ -69,6 +70,17 @@ impl Partial {
     /// What is in it is of no more use to anybody.
     pub(crate) fn discard_on_drop(&mut self) {
         self.owned = true;
+    }
+
+    /// Somebody will go on with what is in it.
+    pub(crate) fn keep_on_drop(&mut self) {
+        self.owned = false;
+    }
+
+    /// Returns when the directory and the names in it are on the medium.
+    pub(crate) fn sync_names(&self) -> Result<(), FormatError> {
+        self.sync()?;
+        sync_directory(&self.parent)
     }
 
     /// Where the files are written.
@@ -183,9 +195,13 @@ pub(crate) fn foreign(dir: &Path, is_own: fn(&str) -> bool) -> Result<Option<Str
     Ok(None)
 }
 
-/// Removes the files of `dir` that are `is_own`; others stay.
+/// Removes the files of `dir` that are `is_own`; others stay. MANIFEST goes first: without it nobody
+/// takes what a crash in between leaves for something that can be gone on with.
 fn empty(dir: &Path, is_own: fn(&str) -> bool) -> Result<(), FormatError> {
     let failed = |path: &Path, e| FormatError::io("remove", path, 0, e);
+    if is_own(MANIFEST_FILE) {
+        remove_file(&dir.join(MANIFEST_FILE))?;
+    }
     for entry in fs::read_dir(dir).map_err(|e| failed(dir, e))? {
         let entry = entry.map_err(|e| failed(dir, e))?;
         if entry.file_name().to_str().is_some_and(is_own) {
@@ -193,6 +209,14 @@ fn empty(dir: &Path, is_own: fn(&str) -> bool) -> Result<(), FormatError> {
         }
     }
     Ok(())
+}
+
+/// Removes a file that may be there.
+pub(crate) fn remove_file(path: &Path) -> Result<(), FormatError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(FormatError::io("remove", path, 0, e)),
+        _ => Ok(()),
+    }
 }
 
 /// Removes a directory of such files; fails, and leaves it, when there is anything else in it.

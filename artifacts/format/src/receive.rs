@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
-use crate::artifact::{Artifact, is_artifact_file, open_rank_file};
+use crate::artifact::{Artifact, open_rank_file};
 use crate::check::check;
 use crate::commit::{Outcome, superblock};
 use crate::draft::is_replaceable;
@@ -26,11 +26,12 @@ use crate::header::{
     rank_file_name,
 };
 use crate::io::{AlignedBuf, DIRECT_ALIGN, DirectFile};
+use crate::journal::{JOURNAL_FILE, is_partial_file};
 use crate::load::{Block, blocks};
 use crate::manifest::{Digest, Manifest, Section, StoredFile, decode};
 use crate::minisign;
 use crate::parallel::{default_threads, for_each, lock};
-use crate::partial::{Partial, lock_directory, sync_directory};
+use crate::partial::{Partial, lock_directory, remove_file, sync_directory};
 use crate::progress::Progress;
 use crate::section::{block_count, block_len, hash_block};
 
@@ -76,7 +77,8 @@ impl Receiving {
     /// With `force` it is replaced when all is there; its own blocks are used as far as they are the right ones.
     ///
     /// Errors: those of opening an artifact for the MANIFEST, [`FormatError::NoSuchRank`],
-    /// [`FormatError::Exists`], [`FormatError::Occupied`], [`FormatError::Busy`], [`FormatError::NoSpace`].
+    /// [`FormatError::Exists`], [`FormatError::Occupied`], [`FormatError::Busy`], [`FormatError::NoSpace`],
+    /// [`FormatError::Unfinished`] for what an interrupted pack left, unless `force` discards it.
     pub fn begin(out: &Path, manifest: &[u8], ranks: &[u32], force: bool) -> Result<Receiving, FormatError> {
         let (bytes, name) = (manifest.to_vec(), out.join(MANIFEST_FILE));
         let manifest = decode_copy(&bytes, &name)?;
@@ -86,7 +88,18 @@ impl Receiving {
         }
         let there = is_replaceable(out)?;
         let same = if there && !force { Some(require_same(out, &manifest)?) } else { None };
-        let partial = Partial::resume(out, is_artifact_file)?;
+        let partial = Partial::resume(out, is_partial_file)?;
+        if partial.path().join(JOURNAL_FILE).exists() {
+            if !force {
+                return Err(FormatError::Unfinished {
+                    path: partial.path().to_path_buf(),
+                    expected: "receive",
+                    found: "pack",
+                    help: "let the same pack command finish it, or discard it with --force",
+                });
+            }
+            partial.clear()?;
+        }
         let mut receiving = Receiving {
             partial,
             bytes,
@@ -124,7 +137,7 @@ impl Receiving {
         }
         // Never published unless it is complete, and only what is wanted will be.
         for rank in (0..self.manifest.tp).filter(|rank| !wanted.contains(rank)) {
-            remove_if_there(&self.partial.path().join(rank_file_name(rank)))?;
+            remove_file(&self.partial.path().join(rank_file_name(rank)))?;
         }
         if self.replaces {
             wanted.iter().try_for_each(|&rank| self.link_from_replaced(rank))?;
@@ -141,7 +154,7 @@ impl Receiving {
         if open_rank_file(&from, &self.manifest, record).is_err() {
             return Ok(());
         }
-        remove_if_there(&to)?;
+        remove_file(&to)?;
         fs::hard_link(&from, &to).map_err(|e| FormatError::io("link", &to, 0, e))
     }
 
@@ -157,7 +170,7 @@ impl Receiving {
         let file = match left {
             Some(file) => file,
             None => {
-                remove_if_there(&path)?;
+                remove_file(&path)?;
                 // What a full disk did not take must not keep it full.
                 DirectFile::create(&path, record.file_len).inspect_err(|_| drop(fs::remove_file(&path)))?
             }
@@ -267,7 +280,7 @@ impl Receiving {
         let mut growing = match slot.take().filter(|growing| growing.index == index) {
             Some(growing) => growing,
             None => {
-                remove_if_there(&path)?;
+                remove_file(&path)?;
                 let file = DirectFile::create(&path, record.len.next_multiple_of(DIRECT_ALIGN))?;
                 Growing { index, file, at: 0, hasher: blake3::Hasher::new() }
             }
@@ -319,7 +332,7 @@ impl Receiving {
         let place = |name| self.partial.path().join(name);
         match signature {
             Some(bytes) => write_synced(&place(SIGNATURE_FILE), bytes)?,
-            None => remove_if_there(&place(SIGNATURE_FILE))?,
+            None => remove_file(&place(SIGNATURE_FILE))?,
         }
         write_synced(&place(RECEIPT_FILE), receipt_text(receipt, &self.manifest).as_bytes())?;
         if !self.replaces {
@@ -402,6 +415,20 @@ fn require_same(out: &Path, manifest: &Manifest) -> Result<Artifact, FormatError
     })
 }
 
+/// Whether a directory holds an artifact with every superblock of the ranks that are in it: then no
+/// receive is left to go on with.
+pub(crate) fn is_whole(dir: &Path) -> bool {
+    let name = dir.join(MANIFEST_FILE);
+    let mut bytes = Vec::new();
+    let read = File::open(&name).and_then(|file| file.take(MANIFEST_BYTES_MAX + 1).read_to_end(&mut bytes));
+    let Some(manifest) = read.ok().and_then(|_| decode_copy(&bytes, &name).ok()) else { return false };
+    let path = |rank: u32| dir.join(rank_file_name(rank));
+    let mut present = manifest.ranks.iter().filter(|record| path(record.rank).exists()).peekable();
+    let any = present.peek().is_some();
+    any && check(&manifest, &name).is_ok()
+        && present.all(|record| open_rank_file(&path(record.rank), &manifest, record).is_ok())
+}
+
 /// Decoding wants an aligned copy of what has any address.
 fn decode_copy(bytes: &[u8], file: &Path) -> Result<Manifest, FormatError> {
     let found = bytes.len() as u64;
@@ -434,13 +461,6 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), FormatError> {
         file.sync_all()
     };
     write().map_err(|e| FormatError::io("write", path, bytes.len() as u64, e))
-}
-
-fn remove_if_there(path: &Path) -> Result<(), FormatError> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(FormatError::io("remove", path, 0, e)),
-        _ => Ok(()),
-    }
 }
 
 fn locked(path: &Path, e: Errno) -> FormatError {

@@ -10,6 +10,7 @@ use dsv4_model::tensors::StoredTensor;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::CompileError;
+use crate::pack::source::Place;
 use crate::plan::Plan;
 use crate::split::Piece;
 
@@ -46,17 +47,20 @@ pub struct Ready {
     /// Index = rank.
     pub pieces: Vec<Piece>,
     /// Of the stored tensor, when the tile is all of it.
-    pub hash: Option<blake3::Hash>,
+    pub hash: Option<[u8; 32]>,
 }
 
-/// All tiles of a plan, in artifact order.
-fn tiles(plan: &Plan, tile_bytes: u64) -> impl Iterator<Item = Tile> {
-    plan.rows.iter().enumerate().flat_map(move |(row, planned)| {
-        (0..planned.row.matrices()).flat_map(move |matrix| {
-            planned.cuts.iter().enumerate().flat_map(move |(part, cut)| {
+/// All tiles of a plan from a place on, in artifact order.
+fn tiles(plan: &Plan, tile_bytes: u64, from: Place) -> impl Iterator<Item = Tile> {
+    plan.rows.iter().enumerate().skip(from.row).flat_map(move |(row, planned)| {
+        let from = if row == from.row { from } else { Place::default() };
+        (from.matrix..planned.row.matrices()).flat_map(move |matrix| {
+            let from = if matrix == from.matrix { from } else { Place::default() };
+            planned.cuts.iter().enumerate().skip(from.part).flat_map(move |(part, cut)| {
+                let begin = if part == from.part { from.first } else { 0 };
                 let step = (tile_bytes / cut.row_bytes).max(1);
-                (0..cut.rows.div_ceil(step)).map(move |n| {
-                    let first = n * step;
+                (0..(cut.rows - begin).div_ceil(step)).map(move |n| {
+                    let first = begin + n * step;
                     Tile { row, matrix, part, first, rows: step.min(cut.rows - first) }
                 })
             })
@@ -100,12 +104,16 @@ impl<'a> Reader<'a> {
         Ok(Reader { checkpoint, plan, jobs, window, tile_bytes: tile_bytes.min(TILE_BYTES_MAX) })
     }
 
-    /// Calls `consume` with every tile, in order, on this thread.
+    /// Calls `consume` with every tile from a place on, in order, on this thread.
     ///
     /// Errors: the first one in tile order, from reading or from `consume`, or a thread that cannot
     /// start; then nothing more is read.
-    pub fn run(&self, mut consume: impl FnMut(&Ready) -> Result<(), CompileError>) -> Result<(), CompileError> {
-        let tiles = Mutex::new(tiles(self.plan, self.tile_bytes).enumerate());
+    pub fn run(
+        &self,
+        from: Place,
+        mut consume: impl FnMut(&Ready) -> Result<(), CompileError>,
+    ) -> Result<(), CompileError> {
+        let tiles = Mutex::new(tiles(self.plan, self.tile_bytes, from).enumerate());
         let gate = Gate::new(self.window);
         let spare = Mutex::new(Vec::new());
         let (results, ready) = channel();
@@ -169,7 +177,7 @@ impl<'a> Reader<'a> {
             expected: bad.expected,
             found: bad.found,
         })?;
-        let hash = (tile.rows == cut.rows).then(|| blake3::hash(&bytes));
+        let hash = (tile.rows == cut.rows).then(|| *blake3::hash(&bytes).as_bytes());
         Ok(Ready { tile, tensor, bytes, pieces, hash })
     }
 }

@@ -1,16 +1,19 @@
 //! Packing: the right bytes under the right names, the same bytes every time, nothing after a failure.
 
+use std::cell::RefCell;
 use std::fs;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use dsv4_format::{Artifact, FormatError, NoProgress, Outcome, Progress};
 use dsv4_model::layout::Format;
 use dsv4_model::tensors::table;
 use dsv4_model::{ModelConfig, Tp};
 use dsv4c::CompileError;
-use dsv4c::pack::{PackOptions, PackReport, pack};
+use dsv4c::pack::{PackOptions, PackReport, pack, pack_and_tell};
 use dsv4c::synth::{Layers, SynthOptions, synth};
 use serde_json::Value;
 
@@ -84,13 +87,7 @@ fn packing_again_elsewhere_with_other_threads_gives_the_same_bytes() {
 #[test]
 fn memory_does_not_change_a_byte() {
     let temp = tempfile::tempdir().unwrap();
-    let config = fs::read_to_string(Path::new(NANO).join("config.json")).unwrap();
-    let path = temp.path().join("config.json");
-    fs::write(&path, config.replace("\"vocab_size\": 2048", "\"vocab_size\": 65536")).unwrap();
-    let checkpoint = temp.path().join("wide");
-    let options_ =
-        SynthOptions { config: path, out: checkpoint.clone(), layers: Layers::First(1), seed: 5, shards: None };
-    synth(&options_, &NoProgress).unwrap();
+    let checkpoint = wide(temp.path());
     let (a, b) = (temp.path().join("a.dsv4"), temp.path().join("b.dsv4"));
     let whole = packed(&checkpoint, 2, &a);
     let jobs = NonZeroUsize::new(3);
@@ -337,4 +334,193 @@ fn a_tokenizer_that_does_not_fit_is_named_by_file_and_field() {
     });
     assert!(error.contains("eos_token_id"), "{error}");
     packed(&dir, 1, &temp.path().join("x.dsv4"));
+}
+
+/// Ends a pack, as a kill would, as soon as its journal has grown.
+struct EndsAtMark {
+    journal: PathBuf,
+    before: u64,
+}
+
+impl EndsAtMark {
+    fn new(out: &Path) -> EndsAtMark {
+        let name = out.file_name().unwrap().to_str().unwrap();
+        let journal = out.with_file_name(format!(".{name}.partial/JOURNAL"));
+        // Without marks it has its first record.
+        let before = len(&journal).max(80);
+        EndsAtMark { journal, before }
+    }
+}
+
+fn len(file: &Path) -> u64 {
+    fs::metadata(file).map_or(0, |meta| meta.len())
+}
+
+impl Progress for EndsAtMark {
+    fn start(&self, _what: &str, _total_bytes: u64) {}
+
+    fn add(&self, _bytes: u64) {
+        if len(&self.journal) > self.before {
+            resume_unwind(Box::new("killed"));
+        }
+    }
+
+    fn finish(&self) {}
+}
+
+/// The report, or nothing when the pack was ended at its next mark; and what it told.
+fn until_next_mark(options: &PackOptions) -> (Option<PackReport>, Vec<String>) {
+    let told = RefCell::new(Vec::new());
+    let tell = |line: &str| told.borrow_mut().push(line.to_owned());
+    let progress = EndsAtMark::new(options.out.as_ref().unwrap());
+    let report = catch_unwind(AssertUnwindSafe(|| pack_and_tell(options, &progress, &tell).unwrap())).ok();
+    (report, told.into_inner())
+}
+
+/// A checkpoint with an embedding of many tiles.
+fn wide(dir: &Path) -> PathBuf {
+    let config = fs::read_to_string(Path::new(NANO).join("config.json")).unwrap();
+    let path = dir.join("config.json");
+    fs::write(&path, config.replace("\"vocab_size\": 2048", "\"vocab_size\": 65536")).unwrap();
+    let out = dir.join("wide");
+    let options = SynthOptions { config: path, out: out.clone(), layers: Layers::First(1), seed: 5, shards: None };
+    synth(&options, &NoProgress).unwrap();
+    out
+}
+
+#[test]
+fn interrupted_after_every_mark_with_other_threads_and_memory_it_is_the_same_artifact() {
+    let temp = tempfile::tempdir().unwrap();
+    let wide = wide(temp.path());
+    for (checkpoint, tp, rank) in [(Path::new(NANO), 2, None), (&wide, 2, None), (&wide, 2, Some(1)), (&wide, 1, None)]
+    {
+        let (whole, out) = (temp.path().join("whole.dsv4"), temp.path().join("x.dsv4"));
+        let expected = pack(&PackOptions { rank, ..options(checkpoint, tp, &whole) }, &NoProgress).unwrap();
+        let mut interruptions = 0;
+        let mut there = 0;
+        let report = loop {
+            let jobs = NonZeroUsize::new(1 + interruptions % 3);
+            let memory = [101 << 20, 300 << 20, 2 << 30, 120 << 20][interruptions % 4];
+            let again = PackOptions { rank, jobs, memory, journal_every: 1 << 20, ..options(checkpoint, tp, &out) };
+            let (report, told) = until_next_mark(&again);
+            if interruptions > 0 {
+                let [line] = told.as_slice() else { panic!("{told:?}") };
+                let line = line.strip_prefix("goes on with a pack that was interrupted: ").unwrap();
+                let words: Vec<&str> = line.split(' ').collect();
+                let (now, all) = (words[0].parse::<u64>().unwrap(), words[2].parse::<u64>().unwrap());
+                assert!(there < now && now <= all && all == expected.source_bytes, "{there}: {line}");
+                there = now;
+            }
+            match report {
+                Some(report) => break report,
+                None => interruptions += 1,
+            }
+        };
+        assert!(interruptions > 4, "{interruptions}");
+        assert_eq!((&report.artifact_id, &report.source_id), (&expected.artifact_id, &expected.source_id));
+        assert_eq!((report.resumed_bytes, report.read_bytes), (there, expected.source_bytes - there));
+        assert_eq!((expected.resumed_bytes, expected.read_bytes), (0, expected.source_bytes));
+        assert_same(&whole, &out);
+        assert!(report.to_text().contains(&format!("{there} bytes were there from an interrupted pack")));
+        for dir in [whole, out] {
+            fs::remove_dir_all(dir).unwrap();
+        }
+    }
+    assert_eq!(names(temp.path()), ["config.json", "wide"]);
+}
+
+#[test]
+fn another_plan_starts_over_and_says_so() {
+    let temp = tempfile::tempdir().unwrap();
+    let checkpoint = copy(NANO, &temp.path().join("nano"));
+    let out = temp.path().join("x.dsv4");
+    let usual = PackOptions { journal_every: 1 << 20, ..options(&checkpoint, 2, &out) };
+    let shard = checkpoint.join("model-00002-of-00002.safetensors");
+    let touched = || {
+        let later = SystemTime::now() + Duration::from_nanos(1);
+        fs::File::options().write(true).open(&shard).unwrap().set_modified(later).unwrap();
+    };
+    let expected = packed(NANO, 2, &temp.path().join("whole.dsv4"));
+    for (change, other, first) in [
+        ("a shard", usual.clone(), "starts over"),
+        ("tp", PackOptions { tp: 1, ..usual.clone() }, "starts over"),
+        ("rank", PackOptions { rank: Some(0), ..usual.clone() }, "starts over"),
+        ("nothing", usual.clone(), "goes on"),
+    ] {
+        assert!(until_next_mark(&usual).0.is_none());
+        if change == "a shard" {
+            touched();
+        }
+        let (_, told) = until_next_mark(&other);
+        assert!(told.len() == 1 && told[0].starts_with(first), "{change}: {told:?}");
+        assert!(first != "starts over" || told[0].contains("another checkpoint or of other options"), "{told:?}");
+        let fresh = PackOptions { fresh: true, ..usual.clone() };
+        let (report, told) = until_next_mark(&fresh);
+        assert!(report.is_none() && told.is_empty(), "{told:?}");
+        let report = pack(&fresh, &NoProgress).unwrap();
+        assert_eq!((report.resumed_bytes, &report.artifact_id), (0, &expected.artifact_id));
+        assert_same(&out, &temp.path().join("whole.dsv4"));
+        fs::remove_dir_all(&out).unwrap();
+    }
+    assert_eq!(names(temp.path()), ["nano", "whole.dsv4"]);
+}
+
+#[test]
+fn a_fault_of_the_checkpoint_leaves_no_marks() {
+    let temp = tempfile::tempdir().unwrap();
+    let checkpoint = copy(TINY, &temp.path().join("tiny"));
+    let out = temp.path().join("x.dsv4");
+    let file = checkpoint.join("tiny.safetensors");
+    let mut shard = Shard::read(&file);
+    // Of the last section.
+    let at = shard.range("hc_head_base").start;
+    shard.data[at..at + 4].copy_from_slice(&[0, 0, 0xc0, 0x7f]);
+    shard.write(&file);
+    let usual = PackOptions { journal_every: 1 << 20, ..options(&checkpoint, 2, &out) };
+    let error = pack(&usual, &NoProgress).unwrap_err();
+    assert!(matches!(error, CompileError::Value { .. }), "{error}");
+    assert_eq!(names(temp.path()), ["tiny"]);
+    let error = pack(&PackOptions { journal_every: 1 << 10, ..usual }, &NoProgress).unwrap_err();
+    assert!(matches!(error, CompileError::Usage { what: "--journal-every", .. }) && error.exit_code() == 2, "{error}");
+}
+
+/// Fills a disk as soon as reading back begins: what is small and last finds no place.
+struct Filler(PathBuf);
+
+impl Progress for Filler {
+    fn start(&self, what: &str, _total_bytes: u64) {
+        if what == "read back" {
+            let mut size = 1 << 24;
+            let file = fs::File::create(&self.0).unwrap();
+            let mut at = 0;
+            while size >= 4096 {
+                match file.write_at(&vec![1; size], at) {
+                    Ok(n) => at += n as u64,
+                    Err(_) => size /= 2,
+                }
+            }
+        }
+    }
+
+    fn add(&self, _bytes: u64) {}
+
+    fn finish(&self) {}
+}
+
+#[test]
+fn a_fault_of_the_machine_keeps_what_is_done() {
+    let Some(disk) = SmallDisk::mount(64) else { return };
+    let (out, filler) = (disk.path().join("x.dsv4"), disk.path().join("filler"));
+    let usual = options(NANO, 2, &out);
+    let error = pack(&usual, &Filler(filler.clone())).unwrap_err();
+    let CompileError::Format(FormatError::Kept { ref source, .. }) = error else { panic!("{error}") };
+    assert!(matches!(**source, FormatError::NoSpace { .. }) && error.exit_code() == 3, "{error}");
+    assert!(error.to_string().contains("kept") && error.to_string().contains("the same command goes on"), "{error}");
+    assert_eq!(names(disk.path()), [".x.dsv4.partial", "filler"]);
+    fs::remove_file(&filler).unwrap();
+    let report = pack(&usual, &NoProgress).unwrap();
+    assert_eq!((report.resumed_bytes, report.read_bytes), (report.source_bytes, 0));
+    let temp = tempfile::tempdir().unwrap();
+    packed(NANO, 2, &temp.path().join("whole.dsv4"));
+    assert_same(&temp.path().join("whole.dsv4"), &out);
 }
