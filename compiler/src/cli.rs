@@ -272,6 +272,7 @@ pub fn run() -> Result<(), CompileError> {
             let tell = |line: &str| drop(writeln!(std::io::stderr(), "{line}"));
             let report =
                 if cli.quiet { pack_and_tell(&options, &bar, &|_| ()) } else { pack_and_tell(&options, &bar, &tell) }?;
+            note_cache(cli.quiet);
             print(args.json, || report.to_json(), || report.to_text())?;
         }
         Verb::Plan(args) => {
@@ -311,6 +312,7 @@ pub fn run() -> Result<(), CompileError> {
             // Before the long part: who is not to be believed need not be read.
             let signed = key.map(|key| Verifier::read(&key)?.check(&artifact)).transpose()?;
             let report = artifact.verify(&bar)?;
+            note_cache(cli.quiet);
             let signature = match &signed {
                 Some(signed) => json!({"key": signed.key.to_string(), "comment": signed.comment}),
                 None if report.signed => json!("unchecked"),
@@ -382,6 +384,13 @@ pub fn run() -> Result<(), CompileError> {
         }
     }
     Ok(())
+}
+
+/// Says once that files had to go through the page cache.
+fn note_cache(quiet: bool) {
+    if let Some(note) = dsv4_format::io::cache_note().filter(|_| !quiet) {
+        eprintln!("note: {note}");
+    }
 }
 
 fn token(file: Option<&Path>) -> Result<Token, CompileError> {

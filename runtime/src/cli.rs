@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use dsv4_format::Io;
 use dsv4_kernels::numerics::Numerics;
 
 /// Runs a packed DeepSeek-V4 artifact.
@@ -26,6 +27,8 @@ pub enum Verb {
     Logits(LogitsArgs),
     /// Says whether the artifact would run here: memory, files, disk, machine; loads nothing
     Check(CheckArgs),
+    /// Loads one rank's weights, says how fast, and frees them
+    Load(LoadArgs),
     /// Says what is wrong with this machine; needs no artifact
     Doctor(DoctorArgs),
     /// Serves rank 0 as another rank, with --rank and --peers
@@ -53,6 +56,13 @@ pub struct Common {
     /// [default: 6G on a GB10, else 5 % of the machine, at least 256M, at most 6G]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub reserve: Option<u64>,
+    /// How the disk is read: io_uring, threads, or io_uring where it is allowed
+    #[arg(long, value_enum, default_value_t = IoArg::Auto)]
+    pub io: IoArg,
+    /// Bytes of memory below which loading waits, and after 5 s gives up, with an optional K, M or G; 0 for none
+    /// [default: 512M, on small machines less]
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub floor: Option<u64>,
     /// This process's rank, with --peers
     #[arg(long, requires = "peers")]
     pub rank: Option<u32>,
@@ -85,6 +95,34 @@ impl From<NumericsArg> for Numerics {
         match arg {
             NumericsArg::Float => Numerics::Float,
             NumericsArg::Published => Numerics::Published,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum IoArg {
+    Auto,
+    Uring,
+    Threads,
+}
+
+impl IoArg {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            IoArg::Auto => "auto",
+            IoArg::Uring => "uring",
+            IoArg::Threads => "threads",
+        }
+    }
+}
+
+impl From<IoArg> for Io {
+    fn from(arg: IoArg) -> Io {
+        match arg {
+            IoArg::Auto => Io::Auto,
+            IoArg::Uring => Io::Uring,
+            IoArg::Threads => Io::Threads,
         }
     }
 }
@@ -178,6 +216,37 @@ pub struct CheckArgs {
     pub json: bool,
     #[command(flatten)]
     pub common: Common,
+}
+
+#[derive(Args, Debug)]
+pub struct LoadArgs {
+    /// Which rank
+    #[arg(long, default_value_t = 0)]
+    pub rank: u32,
+    /// How the disk is read: io_uring, threads, or io_uring where it is allowed
+    #[arg(long, value_enum, default_value_t = IoArg::Auto)]
+    pub io: IoArg,
+    /// Reads of 4 MiB under way at once [default: 16 with io_uring, else 8]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub queue_depth: Option<u16>,
+    /// Through a ring of slots and a copy, as into memory that the disk cannot write
+    #[arg(long)]
+    pub staged: bool,
+    /// Threads that hash [default: all cores, at most 8]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Bytes of memory to leave to others, with an optional K, M or G; 0 loads without looking at memory first
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub reserve: Option<u64>,
+    /// Bytes of memory below which loading waits, and after 5 s gives up, with an optional K, M or G; 0 for none
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub floor: Option<u64>,
+    /// Print one JSON object with everything
+    #[arg(long)]
+    pub json: bool,
+    /// No progress
+    #[arg(long)]
+    pub quiet: bool,
 }
 
 #[derive(Args, Debug)]

@@ -125,7 +125,12 @@ impl RunError {
         match self {
             RunError::Usage(_) => 2,
             RunError::Preflight { code, .. } => *code,
-            RunError::Format(FormatError::Memory { .. } | FormatError::Thread { .. })
+            RunError::Format(
+                FormatError::Memory { .. }
+                | FormatError::LowMemory { .. }
+                | FormatError::Thread { .. }
+                | FormatError::Uring { .. },
+            )
             | RunError::Threads { .. }
             | RunError::NoCuda
             | RunError::DoesNotFit { .. } => 4,

@@ -15,6 +15,7 @@ pub mod progress;
 pub mod ranks;
 pub mod sample;
 pub mod session;
+pub mod stall;
 pub mod step;
 pub mod tensor_file;
 pub mod terminal;

@@ -1,9 +1,12 @@
-//! From an artifact to a rank that can run: contracts, exact cover, weights in memory.
+//! From an artifact to a rank that can run: contracts, exact cover, weights in memory; and the verb `load`,
+//! which does the last of it alone.
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use dsv4_format::{Arena, Artifact, Progress, Section};
+use dsv4_format::io::cache_note;
+use dsv4_format::{Arena, Artifact, Figure, Floor, FormatError, LoadOptions, LoadReport, Progress, Section};
 use dsv4_kernels::collective::Collective;
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::reference::Reference;
@@ -12,7 +15,23 @@ use dsv4_model::contract;
 use dsv4_model::plan::sections;
 use dsv4_model::{ModelConfig, Tp};
 
+use serde_json::{Value, json};
+
+use crate::cli::LoadArgs;
 use crate::error::RunError;
+use crate::preflight::disk::{self, DiskProbe};
+use crate::preflight::host::Host;
+use crate::preflight::memory::{Asked, Target};
+use crate::preflight::{admit, report};
+use crate::progress::Bar;
+use crate::stall;
+use crate::terminal::{print_now, tell};
+
+/// Memory that loading leaves to others on the CPU, if there are no wishes, and at most this part of the machine.
+const FLOOR_BYTES: u64 = 512 << 20;
+const FLOOR_PART: u64 = 32;
+/// How long `load` measures the disk beforehand.
+const PROBE_WITHIN: Duration = Duration::from_millis(500);
 
 /// An artifact that this program can run.
 pub struct Opened {
@@ -88,12 +107,111 @@ impl AsRef<[u8]> for ArenaBytes {
     }
 }
 
-impl Opened {
-    /// Streams a rank's weights into memory, every block verified. Errors: file, section, block, offset.
-    pub fn load(&self, rank: u32, threads: usize, progress: &dyn Progress) -> Result<Arena, RunError> {
-        Ok(self.artifact.load_rank(rank, threads, progress)?)
-    }
+/// The floor under memory while weights are loaded: as asked (0 for none), else by the machine, and never
+/// above what a plan with this reserve leaves.
+pub fn floor(asked: Option<u64>, reserve: Option<u64>, host: &Host) -> Option<Floor<'static>> {
+    let bytes = asked.unwrap_or_else(|| {
+        let total = host.memory.as_ref().map_or(0, |memory| memory.total);
+        FLOOR_BYTES.min(total / FLOOR_PART).min(reserve.unwrap_or(u64::MAX))
+    });
+    (bytes > 0).then(|| Floor::new(bytes, Figure::Available))
+}
 
+/// What a user is told after loading, lines of text.
+pub fn summary(rank: u32, r: &LoadReport) -> String {
+    let (size, rate) = (report::size(r.bytes), r.rate() / 1e9);
+    let (engine, mode) = (r.engine.name(), r.mode.name());
+    let mut text = format!("rank {rank}: {size} loaded in {:.2} s, {rate:.2} GB/s ({engine}, {mode})\n", r.seconds);
+    if r.retries > 0 {
+        text += &format!("warning: {} blocks had to be read again: check memory and disk (dmesg)\n", r.retries);
+    }
+    if r.paused_seconds > 0.0 {
+        text += &format!("warning: reading waited {:.1} s for memory\n", r.paused_seconds);
+    }
+    if let (false, Some(cached)) = (r.is_cache_bounded(), r.cached_bytes_after) {
+        let cached = report::size(cached);
+        text += &format!("warning: {cached} of the rank's file are in the page cache: another program reads it\n");
+    }
+    text += &cache_note().map_or(String::new(), |note| format!("note: {note}\n"));
+    text
+}
+
+fn load_json(rank: u32, r: &LoadReport, disk: &DiskProbe) -> Value {
+    let disk = disk.is_telling().then(|| disk.rate());
+    json!({
+        "rank": rank,
+        "bytes": r.bytes,
+        "seconds": r.seconds,
+        "bytes_per_second": r.rate(),
+        "disk_bytes_per_second": disk,
+        "disk_percent": disk.map(|disk| 100.0 * r.rate() / disk),
+        "engine": r.engine.name(),
+        "mode": r.mode.name(),
+        "queue_depth": r.queue_depth,
+        "threads": r.threads,
+        "staged": r.staged,
+        "retries": r.retries,
+        "paused_seconds": r.paused_seconds,
+        "cached_bytes_before": r.cached_bytes_before,
+        "cached_bytes_after": r.cached_bytes_after,
+    })
+}
+
+/// Loads a rank; ends the process when its disk stops answering.
+pub fn load_watched(
+    artifact: &Artifact,
+    rank: u32,
+    options: &LoadOptions<'_>,
+    progress: &dyn Progress,
+) -> Result<(Arena, LoadReport), FormatError> {
+    let file = artifact.path().join(format!("rank{rank}.weights"));
+    let stalled = || {
+        let (file, seconds) = (file.display(), stall::LIMIT.as_secs());
+        tell(&format!(
+            "error: {file}: no block has arrived for {seconds} s, expected some\n  help: the disk does not answer: see dmesg, and its health with nvme smart-log or smartctl\n"
+        ));
+        std::process::exit(3);
+    };
+    stall::watch(stall::LIMIT, progress, stalled, |progress| artifact.load(rank, options, progress))
+}
+
+/// `load`: one rank into memory and out of it again. Errors: those of a start.
+pub fn run_load(artifact: &Path, args: &LoadArgs) -> Result<(), RunError> {
+    let opened = open(artifact)?;
+    let host = Host::for_memory(Path::new("/"));
+    let threads = args.threads.map_or_else(|| LoadOptions::default().threads, usize::from);
+    let asked = Asked {
+        target: Target::Cpu,
+        context: 1,
+        sequences: 1,
+        chunk: 1,
+        threads: threads as u64,
+        all_logits: false,
+        reserve: args.reserve,
+    };
+    admit(&opened, &[args.rank], &asked, &host)?;
+    let options = LoadOptions {
+        io: args.io.into(),
+        threads,
+        queue_depth: args.queue_depth.map(usize::from),
+        staged: args.staged,
+        floor: floor(args.floor, args.reserve, &host),
+    };
+    // A rank that is not here is told as what it is, before its disk is measured.
+    opened.artifact.rank_reader(args.rank)?;
+    let disk = disk::probe(&artifact.join(format!("rank{}.weights", args.rank)), PROBE_WITHIN)?;
+    let (_arena, report) = load_watched(&opened.artifact, args.rank, &options, &Bar::new(args.quiet))?;
+    let mut text = summary(args.rank, &report);
+    if args.json {
+        text = format!("{}\n", load_json(args.rank, &report, &disk));
+    } else if disk.is_telling() {
+        let percent = 100.0 * report.rate() / disk.rate();
+        text += &format!("{percent:.0} % of the disk, which gave {:.2} GB/s before\n", disk.rate() / 1e9);
+    }
+    print_now(&text).map(|_| ())
+}
+
+impl Opened {
     /// The CPU backend of a rank over its loaded weights.
     pub fn backend(
         &self,

@@ -5,15 +5,18 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use dsv4_format::Progress;
+use dsv4_format::{Arena, LoadOptions, Progress};
 use dsv4_kernels::collective::{Alone, Collective};
 use dsv4_kernels::numerics::Numerics;
 
+use crate::cli::IoArg;
 use crate::error::RunError;
 use crate::generate::DRAFT_MAX;
-use crate::load::{Opened, RankOptions};
+use crate::load::{Opened, RankOptions, floor, load_watched, summary};
+use crate::preflight::host::Host;
 use crate::ranks::{self, Control, ControlReceiver, Deadlines, Facts, LocalRanks, Mesh, Token};
 use crate::step::{Engine, Rank};
+use crate::terminal::tell;
 
 /// How long ranks wait for each other's weights.
 const LOAD_WITHIN: Duration = Duration::from_secs(3600);
@@ -42,6 +45,14 @@ pub struct Settings {
     pub chunk: usize,
     /// Compute threads of this process.
     pub threads: usize,
+    /// How the disk is read.
+    pub io: IoArg,
+    /// Bytes of memory below which loading waits.
+    pub floor: Option<u64>,
+    /// Bytes of memory to leave to others.
+    pub reserve: Option<u64>,
+    /// Nothing is told.
+    pub quiet: bool,
     /// Where the ranks are.
     pub places: Places,
 }
@@ -108,11 +119,11 @@ pub fn start(opened: Opened, settings: &Settings, progress: &dyn Progress) -> Re
     start_threads(settings, local_ranks)?;
     let (rank, control): (Rank, Option<Control>) = match mesh {
         None => {
-            let arena = opened.load(0, settings.threads, progress)?;
+            let arena = load(&opened, 0, settings, progress)?;
             (Rank::new(opened.backend(arena, Box::new(Alone), options(settings))?), None)
         }
         Some(Mesh { mut collective, control }) => {
-            let arena = opened.load(collective.rank(), settings.threads, progress)?;
+            let arena = load(&opened, collective.rank(), settings, progress)?;
             collective.barrier(LOAD_WITHIN).map_err(|error| explain(&mut locals, error.into()))?;
             (Rank::new(opened.backend(arena, Box::new(collective), options(settings))?), Some(control))
         }
@@ -123,6 +134,16 @@ pub fn start(opened: Opened, settings: &Settings, progress: &dyn Progress) -> Re
         None => None,
     };
     Ok(Started::Leader(Box::new(Session { opened, engine: Engine::new(rank, sender), locals })))
+}
+
+fn load(opened: &Opened, rank: u32, settings: &Settings, progress: &dyn Progress) -> Result<Arena, RunError> {
+    let floor = floor(settings.floor, settings.reserve, &Host::for_memory(Path::new("/")));
+    let options = LoadOptions { io: settings.io.into(), threads: settings.threads, floor, ..LoadOptions::default() };
+    let (arena, report) = load_watched(&opened.artifact, rank, &options, progress)?;
+    if !settings.quiet {
+        tell(&summary(rank, &report));
+    }
+    Ok(arena)
 }
 
 fn check_peers(rank: u32, peers: &[String], tp: u32) -> Result<(), RunError> {
@@ -172,6 +193,11 @@ fn child_arguments(settings: &Settings, tp: u32) -> Vec<OsString> {
     let chunk = settings.chunk.to_string();
     let flags = ["worker", "--quiet", "--numerics", settings.numerics.name(), "--chunk", &chunk, "--threads", &threads];
     arguments.extend(flags.iter().map(OsString::from));
+    arguments.extend(["--io", settings.io.name()].map(OsString::from));
+    let numbers = [("--floor", settings.floor), ("--reserve", settings.reserve)];
+    for (flag, bytes) in numbers.into_iter().filter_map(|(flag, bytes)| Some((flag, bytes?))) {
+        arguments.extend([flag.into(), bytes.to_string().into()]);
+    }
     arguments
 }
 

@@ -15,7 +15,7 @@ use crate::chat::{Effort, Message, Role, merge_tools, parse_messages};
 use crate::cli::{AnswerArgs, Backend, ChatArgs, Cli, Common, EffortArg, GenerateArgs, LogitsArgs, Verb, WorkerArgs};
 use crate::error::RunError;
 use crate::generate::{Part, prefill};
-use crate::load::{Opened, open};
+use crate::load::{Opened, open, run_load};
 use crate::preflight::command::{admit_start, run_check, run_doctor};
 use crate::progress::Bar;
 use crate::sample::Sampling;
@@ -41,6 +41,7 @@ pub fn run(cli: Cli) -> Result<(), RunError> {
         Verb::Chat(args) => chat(artifact()?, args),
         Verb::Logits(args) => logits(artifact()?, args),
         Verb::Check(args) => run_check(artifact()?, args),
+        Verb::Load(args) => run_load(artifact()?, args),
         Verb::Doctor(args) => run_doctor(args),
         Verb::Worker(args) => worker(artifact()?, args),
     }
@@ -54,6 +55,10 @@ fn begin(opened: Opened, artifact: &Path, common: &Common, places: Places) -> Re
         numerics: common.numerics.into(),
         chunk: common.chunk as usize,
         threads: common.threads.map_or(cores, usize::from),
+        io: common.io,
+        floor: common.floor,
+        reserve: common.reserve,
+        quiet: common.quiet,
         places,
     };
     if let (Places::Peers { rank, peers, .. }, false) = (&settings.places, common.quiet) {

@@ -40,7 +40,7 @@ impl Group {
         let tp = opened.artifact.manifest().tp;
         let options = RankOptions { numerics, slots: 1, rows_max };
         if tp == 1 {
-            let arena = opened.load(0, 2, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
+            let arena = opened.artifact.load_rank(0, 2, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
             return Group::alone(opened.backend(arena, Box::new(Alone), options).unwrap_or_else(|e| panic!("{e}")));
         }
         let peers = addresses(tp);
@@ -121,7 +121,7 @@ fn join(artifact: &Path, rank: u32, peers: &[String], options: RankOptions) -> (
     let opened = open(artifact).unwrap_or_else(|e| panic!("{e}"));
     let connected = ranks::connect(rank, peers, Token::new([7; 32]), Vec::new(), Deadlines::default());
     let Mesh { collective, control } = connected.unwrap_or_else(|e| panic!("{e}"));
-    let arena = opened.load(rank, 1, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
+    let arena = opened.artifact.load_rank(rank, 1, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
     let backend = opened.backend(arena, Box::new(collective), options).unwrap_or_else(|e| panic!("{e}"));
     (Rank::new(backend), control)
 }

@@ -20,6 +20,7 @@ use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use dsv4_format::io::ReadMode;
 use dsv4_format::{Artifact, FormatError};
 use dsv4_tests::artifacts::{Packed, Unwatched};
 
@@ -176,7 +177,7 @@ fn every_flipped_bit_is_found_and_named() {
     let whole = packed.path();
     let opened = Artifact::open(whole).unwrap();
     opened.verify(&Unwatched).unwrap();
-    if !opened.rank_reader(0).unwrap().is_direct() {
+    if opened.rank_reader(0).unwrap().mode() != ReadMode::Direct {
         dsv4_tests::skip("flips as the disk has them: this file system has no O_DIRECT");
     }
     let open = |name: &str| OpenOptions::new().read(true).write(true).open(whole.join(name)).unwrap();

@@ -31,6 +31,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use dsv4_format::io::ReadMode;
 use dsv4_format::{
     Artifact, CommitInput, Digest, Draft, DraftOptions, KernelInput, RankLayout, SectionPlan, SourceId, TensorPlan,
 };
@@ -361,7 +362,7 @@ fn a_medium_with_a_bad_place() {
     let Some(bad) = BadPlace::new(packed.scratch(), name, &content, 4 * MIB..6 * MIB) else { return };
     fs::rename(&own, packed.scratch().join("aside")).unwrap();
     symlink(&bad.file, &own).unwrap();
-    let words = [name, "read", "Input/output error", "dmesg"];
+    let words = [name, "section", "block", "offset", "cannot read after 3 tries", "Input/output error", "dmesg"];
     let before = listing(packed.path());
     // Opening reads no weights, so the machine is not refused; the probe may or may not meet the place.
     let opened = Artifact::open(packed.path()).unwrap();
@@ -414,7 +415,7 @@ fn a_file_system_without_direct_io() {
     }
     run(DSV4C, ["pack", text(&checkpoint), "--tp", "2", "-o", text(&out)]).ok();
     let opened = Artifact::open(&out).unwrap();
-    assert!(!opened.rank_reader(0).unwrap().is_direct(), "a file system that refuses");
+    assert!(opened.rank_reader(0).unwrap().mode() != ReadMode::Direct, "a file system that refuses");
     let elsewhere = Packed::nano(2);
     assert_eq!(opened.manifest(), Artifact::open(elsewhere.path()).unwrap().manifest());
     accepted(&out);

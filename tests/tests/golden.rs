@@ -374,7 +374,7 @@ fn every_tensor_of_the_trace_matters() {
     let packed = Packed::tiny(1);
     let opened = dsv4_run::load::open(packed.path()).unwrap();
     let config = &opened.config;
-    let loaded = opened.load(0, 2, &Unwatched).unwrap();
+    let loaded = opened.artifact.load_rank(0, 2, &Unwatched).unwrap();
     let layout = opened.artifact.layout(0).unwrap();
     let place = |name: &str| {
         let place = layout.tensor(name)?;

@@ -2,7 +2,8 @@
 //! what / where / expected / found / what to do.
 //!
 //! All variants mean "input or artifact" (exit code 3) to the binaries except
-//! [`FormatError::Memory`] and [`FormatError::Thread`], which are "device or memory" (exit code 4).
+//! [`FormatError::Memory`], [`FormatError::LowMemory`] and [`FormatError::Thread`], which are "device or
+//! memory" (exit code 4).
 
 use std::fmt;
 use std::io;
@@ -48,6 +49,14 @@ pub enum FormatError {
         "{what} cannot start: {source}\n  help: stop other programs, raise the limits on processes and memory (ulimit -u, ulimit -v), or ask for fewer threads"
     )]
     Thread { what: &'static str, source: io::Error },
+
+    #[error(
+        "{figure} is {found} bytes, expected at least {floor} while weights are read; waiting {seconds} s did not help, what was read is given up\n  help: stop other programs, or give a smaller --floor (0 for none)"
+    )]
+    LowMemory { figure: &'static str, floor: u64, found: u64, seconds: f64 },
+
+    #[error("io_uring cannot be used: {source}\n  help: leave --io out, or use --io threads")]
+    Uring { source: io::Error },
 
     #[error("{path}: too many files are open: this process may have {limit}\n  help: raise the limit (ulimit -n) and try again", path = path.display())]
     OpenFiles { path: PathBuf, limit: u64 },
@@ -122,6 +131,9 @@ pub enum FormatError {
         found: Box<Digest>,
         reads: u32,
     },
+
+    #[error("{file}: section {section}, block {block}, offset {offset}: cannot read after {reads} tries: {source}\n  help: the disk does not give these bytes (dmesg shows media errors); copy this rank's file again, to another disk", file = file.display())]
+    BlockRead { file: PathBuf, section: String, block: u64, offset: u64, reads: u32, source: io::Error },
 
     #[error("{file}: section {section}, block {block}, offset {offset}: read back with block hash {found}, expected {expected}\n  help: the disk does not give what was written to it; check memory and disk (dmesg), then pack again", file = file.display())]
     ReadBack { file: PathBuf, section: String, block: u64, offset: u64, expected: Box<Digest>, found: Box<Digest> },

@@ -1,31 +1,98 @@
 //! Files read and written past the page cache.
 //!
 //! O_DIRECT where the file system takes it. Where it refuses (at open or at the first transfer) the
-//! same calls go through the cache, and what was touched is dropped in windows of whole 2 MiB:
-//! smaller windows leave large folios cached (measured: 98 % of the file with 1 MiB windows).
-//! Short transfers, EINTR and EAGAIN never reach the caller. One descriptor for each file: O_DIRECT
-//! is switched on and off on it, so a checkpoint of hundreds of shards stays below common limits.
+//! same calls go through the cache with RWF_DONTCACHE, and where that is unknown, without; either way
+//! what was touched is dropped in windows of whole 2 MiB: smaller windows leave large folios cached
+//! (measured: 98 % of the file with 1 MiB windows).
+//! Short transfers, EINTR and EAGAIN never reach the caller ([`transfer`]). One descriptor for each
+//! file: O_DIRECT is switched on and off on it, so a checkpoint of hundreds of shards stays below
+//! common limits.
+
+pub(crate) mod cached;
+pub(crate) mod ring;
+#[cfg(test)]
+mod tests;
+mod transfer;
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use rustix::fs::{Advice, FallocateFlags, OFlags};
+use rustix::io::ReadWriteFlags;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::error::FormatError;
 use crate::header::BLOCK_BYTES;
 pub use crate::map::AlignedBuf;
+pub(crate) use transfer::Transfer;
 
 /// What O_DIRECT wants file offsets, lengths and addresses to be multiples of.
 pub const DIRECT_ALIGN: u64 = 4096;
 const DROP_WINDOW: u64 = 2 << 20;
-const STALLS_MAX: u32 = 1000;
+/// Written through the page cache before it must be on the medium: bounds what waits there.
+const DIRTY_BYTES_MAX: u64 = 64 << 20;
+/// `RWF_DONTCACHE` of the kernel's interface (since Linux 6.14), which no library names yet.
+const DONTCACHE: u32 = 0x80;
+const NOTE: &str = "files go through the page cache, dropped as they are used: this file system refuses O_DIRECT";
+/// Whether any file of this process had to do without O_DIRECT.
+static REFUSED: AtomicBool = AtomicBool::new(false);
+
+/// What a user should know once about the files used so far; none while all take O_DIRECT.
+pub fn cache_note() -> Option<&'static str> {
+    REFUSED.load(Ordering::Relaxed).then_some(NOTE)
+}
+
+/// How a file's transfers treat the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ReadMode {
+    /// O_DIRECT: past the cache.
+    Direct = 0,
+    /// RWF_DONTCACHE: through the cache, dropped by the kernel.
+    DontCache = 1,
+    /// Through the cache, dropped in windows of 2 MiB once used.
+    Windows = 2,
+}
+
+impl ReadMode {
+    /// As in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            ReadMode::Direct => "O_DIRECT",
+            ReadMode::DontCache => "RWF_DONTCACHE",
+            ReadMode::Windows => "page cache with DONTNEED",
+        }
+    }
+
+    fn from_u8(mode: u8) -> ReadMode {
+        match mode {
+            0 => ReadMode::Direct,
+            1 => ReadMode::DontCache,
+            _ => ReadMode::Windows,
+        }
+    }
+
+    /// Whether an error of a transfer in this mode says that the mode is not to be had.
+    fn is_refused_by(self, error: &io::Error) -> bool {
+        match self {
+            ReadMode::Direct => error.raw_os_error() == Some(libc::EINVAL),
+            ReadMode::DontCache => {
+                matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS))
+            }
+            ReadMode::Windows => false,
+        }
+    }
+
+    /// Flags of a single transfer.
+    pub(crate) fn flags(self) -> u32 {
+        if self == ReadMode::DontCache { DONTCACHE } else { 0 }
+    }
+}
 
 /// Where blocks are read from: a file, or a test's faulty disk.
 pub(crate) trait ReadAt: Sync {
@@ -45,8 +112,11 @@ pub fn raise_open_files() {
 pub struct DirectFile {
     path: PathBuf,
     file: File,
-    direct: AtomicBool,
+    /// A [`ReadMode`].
+    mode: AtomicU8,
     len: u64,
+    /// Written through the page cache.
+    written: AtomicU64,
 }
 
 impl DirectFile {
@@ -90,12 +160,16 @@ impl DirectFile {
     }
 
     fn new(path: &Path, file: File, len: u64) -> Result<Self, FormatError> {
-        let direct = match set_direct(&file, true) {
-            Ok(()) => true,
-            Err(rustix::io::Errno::INVAL) => false,
+        let mode = match set_direct(&file, true) {
+            Ok(()) => ReadMode::Direct,
+            Err(rustix::io::Errno::INVAL) => ReadMode::DontCache,
             Err(e) => return Err(FormatError::io("open", path, 0, e.into())),
         };
-        Ok(DirectFile { path: path.to_path_buf(), file, direct: AtomicBool::new(direct), len })
+        if mode != ReadMode::Direct {
+            REFUSED.store(true, Ordering::Relaxed);
+        }
+        let (mode, written) = (AtomicU8::new(mode as u8), AtomicU64::new(0));
+        Ok(DirectFile { path: path.to_path_buf(), file, mode, len, written })
     }
 
     pub fn path(&self) -> &Path {
@@ -113,7 +187,27 @@ impl DirectFile {
 
     /// Whether transfers bypass the page cache (as far as is known yet).
     pub fn is_direct(&self) -> bool {
-        self.direct.load(Ordering::Relaxed)
+        self.mode() == ReadMode::Direct
+    }
+
+    /// How transfers treat the page cache (as far as is known yet).
+    pub fn mode(&self) -> ReadMode {
+        ReadMode::from_u8(self.mode.load(Ordering::Relaxed))
+    }
+
+    /// The descriptor, for requests that are made elsewhere.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Bytes of the file in the page cache, whoever read them; `None` where that cannot be known.
+    pub fn cached_bytes(&self) -> Option<u64> {
+        cached::cached_bytes(&self.file, self.len).ok()
+    }
+
+    /// Drops the file's clean pages from the page cache. Advice only.
+    pub fn evict(&self) {
+        let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
     }
 
     /// Fills `buf` from `offset`; any offset, length and address. Aligned requests (4 KiB, as from
@@ -125,21 +219,16 @@ impl DirectFile {
         if offset.checked_add(len).is_none_or(|end| end > self.len) {
             return Err(FormatError::PastEnd { file: self.path.clone(), offset, len, found: self.len });
         }
-        if self.is_direct() {
-            let done = if is_aligned(buf, offset) {
-                self.read_at_least(buf, offset, buf.len())
-            } else {
-                self.read_through_bounce(buf, offset)?
-            };
-            match done {
-                Ok(()) => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::InvalidInput => self.refuse_direct()?,
-                Err(e) => return Err(FormatError::io("read", &self.path, len, e)),
-            }
-        }
         let need = buf.len();
-        self.read_at_least(buf, offset, need).map_err(|e| FormatError::io("read", &self.path, len, e))?;
-        self.drop_windows(offset, offset + len);
+        let done = if self.is_direct() && !is_aligned(buf, offset) {
+            self.read_through_bounce(buf, offset)?
+        } else {
+            self.read_at_least(buf, offset, need)
+        };
+        done.map_err(|e| FormatError::io("read", &self.path, len, e))?;
+        if !self.is_direct() {
+            self.drop_windows(offset, offset + len);
+        }
         Ok(())
     }
 
@@ -149,17 +238,10 @@ impl DirectFile {
     pub fn write_all_at(&self, buf: &[u8], offset: u64) -> Result<(), FormatError> {
         assert!(is_aligned(buf, offset), "unaligned write of {} bytes at {offset}", buf.len());
         let failed = |e| FormatError::io("write", &self.path, buf.len() as u64, e);
-        if self.is_direct() {
-            match self.write_all(buf, offset) {
-                Ok(()) => return Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::InvalidInput => self.refuse_direct()?,
-                Err(e) => return Err(failed(e)),
-            }
-        }
         self.write_all(buf, offset).map_err(failed)?;
-        // Starts writing what is dirty and drops what is already clean, so the cache stays at about
-        // what the disk has in flight. Advice only: a refusal costs memory, not data.
-        let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
+        if !self.is_direct() {
+            self.bound_dirty(buf.len() as u64).map_err(failed)?;
+        }
         Ok(())
     }
 
@@ -175,15 +257,34 @@ impl DirectFile {
     pub fn sync(&self) -> Result<(), FormatError> {
         self.file.sync_all().map_err(|e| FormatError::io("sync", &self.path, self.len, e))?;
         if !self.is_direct() {
-            let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
+            self.evict();
         }
         Ok(())
     }
 
-    /// From here on through the page cache, for every thread.
-    fn refuse_direct(&self) -> Result<(), FormatError> {
-        set_direct(&self.file, false).map_err(|e| FormatError::io("open", &self.path, 0, e.into()))?;
-        self.direct.store(false, Ordering::Relaxed);
+    /// The next of the ways to read and write, for every thread, unless that has happened already.
+    pub(crate) fn refuse(&self, used: ReadMode) -> io::Result<()> {
+        let next = match used {
+            ReadMode::Direct => {
+                set_direct(&self.file, false)?;
+                REFUSED.store(true, Ordering::Relaxed);
+                ReadMode::DontCache
+            }
+            ReadMode::DontCache | ReadMode::Windows => ReadMode::Windows,
+        };
+        // Lost where another thread was first; then it is done.
+        let _ = self.mode.compare_exchange(used as u8, next as u8, Ordering::Relaxed, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Starts writing what is dirty and drops what is already clean; waits for the medium once enough
+    /// was written, so that a disk slower than the writer does not fill the memory with what waits for it.
+    fn bound_dirty(&self, len: u64) -> io::Result<()> {
+        let before = self.written.fetch_add(len, Ordering::Relaxed);
+        if before / DIRTY_BYTES_MAX != (before + len) / DIRTY_BYTES_MAX {
+            self.file.sync_data()?;
+        }
+        self.evict();
         Ok(())
     }
 
@@ -216,47 +317,44 @@ impl DirectFile {
         })
     }
 
-    /// Reads until the first `need` bytes of `buf` are there. A short read is continued from the last
-    /// aligned position, because O_DIRECT would refuse any other.
+    /// Reads until the first `need` bytes of `buf` are there.
     fn read_at_least(&self, buf: &mut [u8], offset: u64, need: usize) -> io::Result<()> {
-        let (mut have, mut stalls) = (0, 0);
-        loop {
-            match self.file.read_at(&mut buf[have..], offset + have as u64) {
-                Ok(n) if have + n >= need => return Ok(()),
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => {
-                    let next = aligned_down(have + n);
-                    if next == have {
-                        stall(&mut stalls, io::ErrorKind::UnexpectedEof.into())?;
-                    }
-                    have = next;
+        let mut transfer = Transfer::new(self, offset, need);
+        while transfer.is_missing() {
+            let have = transfer.have();
+            let result = match transfer.flags() {
+                0 => self.file.read_at(&mut buf[have..], transfer.position()),
+                flags => {
+                    let part = &mut [IoSliceMut::new(&mut buf[have..])];
+                    let flags = ReadWriteFlags::from_bits_retain(flags);
+                    rustix::io::preadv2(&self.file, part, transfer.position(), flags).map_err(io::Error::from)
                 }
-                Err(e) => retry(&mut stalls, e)?,
-            }
+            };
+            transfer.advance(self, result, io::ErrorKind::UnexpectedEof)?;
         }
+        Ok(())
     }
 
     fn write_all(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        let (mut done, mut stalls) = (0, 0);
-        while done < buf.len() {
-            match self.file.write_at(&buf[done..], offset + done as u64) {
-                Ok(n) if done + n == buf.len() => return Ok(()),
-                Ok(n) => {
-                    let next = aligned_down(done + n);
-                    if next == done {
-                        stall(&mut stalls, io::ErrorKind::WriteZero.into())?;
-                    }
-                    done = next;
+        let mut transfer = Transfer::new(self, offset, buf.len());
+        while transfer.is_missing() {
+            let part = &buf[transfer.have()..];
+            let result = match transfer.flags() {
+                0 => self.file.write_at(part, transfer.position()),
+                flags => {
+                    let flags = ReadWriteFlags::from_bits_retain(flags);
+                    let part = &[IoSlice::new(part)];
+                    rustix::io::pwritev2(&self.file, part, transfer.position(), flags).map_err(io::Error::from)
                 }
-                Err(e) => retry(&mut stalls, e)?,
-            }
+            };
+            transfer.advance(self, result, io::ErrorKind::WriteZero)?;
         }
         Ok(())
     }
 
     /// Drops the whole 2 MiB windows that the reader of `start..end` has left behind. The window
     /// `end` lies in stays until a later read leaves it, or the file is closed.
-    fn drop_windows(&self, start: u64, end: u64) {
+    pub(crate) fn drop_windows(&self, start: u64, end: u64) {
         let from = start - start % DROP_WINDOW;
         let to = if end == self.len { end.next_multiple_of(DROP_WINDOW) } else { end - end % DROP_WINDOW };
         if let Some(len) = to.checked_sub(from).and_then(NonZeroU64::new) {
@@ -274,7 +372,7 @@ impl ReadAt for DirectFile {
 impl Drop for DirectFile {
     fn drop(&mut self) {
         if !self.is_direct() {
-            let _ = rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
+            self.evict();
         }
     }
 }
@@ -289,130 +387,4 @@ fn set_direct(file: &File, on: bool) -> rustix::io::Result<()> {
 fn is_aligned(buf: &[u8], offset: u64) -> bool {
     let align = DIRECT_ALIGN as usize;
     buf.as_ptr().addr().is_multiple_of(align) && buf.len().is_multiple_of(align) && offset.is_multiple_of(DIRECT_ALIGN)
-}
-
-fn aligned_down(bytes: usize) -> usize {
-    bytes - bytes % DIRECT_ALIGN as usize
-}
-
-/// EINTR is free; EAGAIN (a busy queue) waits a little and counts as a stall.
-fn retry(stalls: &mut u32, error: io::Error) -> io::Result<()> {
-    match error.kind() {
-        io::ErrorKind::Interrupted => Ok(()),
-        io::ErrorKind::WouldBlock => {
-            std::thread::sleep(Duration::from_millis(1));
-            stall(stalls, error)
-        }
-        _ => Err(error),
-    }
-}
-
-/// Bounds how often a transfer may make no progress.
-fn stall(stalls: &mut u32, error: io::Error) -> io::Result<()> {
-    *stalls += 1;
-    if *stalls > STALLS_MAX { Err(error) } else { Ok(()) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Every byte differs from its neighbours and repeats only after 2^32.
-    fn pattern(len: usize) -> Vec<u8> {
-        (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
-    }
-
-    #[test]
-    fn reads_any_range_of_a_file_with_a_ragged_end_in_both_modes() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let path = dir.path().join("shard");
-        let bytes = pattern((9 << 20) + 1234);
-        std::fs::write(&path, &bytes).expect("write");
-        let len = bytes.len();
-        let ranges = [
-            (0, len),
-            (1, 1),
-            (4095, 2),
-            (4096, 4096),
-            (8, (5 << 20) + 3),
-            ((4 << 20) - 1, (4 << 20) + 2),
-            (len - 1, 1),
-            (len - 1234, 1234),
-            (len, 0),
-        ];
-        for refuse in [false, true] {
-            let file = DirectFile::open(&path).expect("open");
-            if refuse {
-                file.refuse_direct().expect("through the cache");
-                assert!(!file.is_direct());
-            }
-            for (start, n) in ranges {
-                let mut buf = vec![0xa5; n];
-                file.read_exact_at(&mut buf, start as u64).expect("read");
-                assert!(buf == bytes[start..start + n], "{n} bytes at {start}, refused {refuse}");
-            }
-            let mut aligned = AlignedBuf::new(2 << 20).expect("buffer");
-            file.read_exact_at(&mut aligned, 6 << 20).expect("read");
-            assert!(aligned[..] == bytes[6 << 20..8 << 20]);
-        }
-    }
-
-    #[test]
-    fn reading_past_the_end_names_the_length() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let path = dir.path().join("short");
-        std::fs::write(&path, [7; 10]).expect("write");
-        let file = DirectFile::open(&path).expect("open");
-        for (offset, len) in [(0, 11), (10, 1), (u64::MAX, 2)] {
-            let mut buf = vec![0; len];
-            let error = file.read_exact_at(&mut buf, offset).expect_err("past the end");
-            assert!(matches!(error, FormatError::PastEnd { found: 10, .. }), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_file_cut_after_opening_is_an_error_not_an_endless_loop() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let path = dir.path().join("cut");
-        std::fs::write(&path, vec![7; 3 << 20]).expect("write");
-        let file = DirectFile::open(&path).expect("open");
-        OpenOptions::new().write(true).open(&path).and_then(|f| f.set_len(5000)).expect("cut");
-        let mut buf = vec![0; 1 << 20];
-        let error = file.read_exact_at(&mut buf, 0).expect_err("cut");
-        assert!(matches!(error, FormatError::Io { action: "read", .. }), "{error}");
-    }
-
-    /// A checkpoint's shards are open all together.
-    #[test]
-    fn a_file_takes_one_descriptor() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        let path = dir.path().join("shard");
-        std::fs::write(&path, [7; 10]).expect("write");
-        let files: Vec<DirectFile> = (0..20).map(|_| DirectFile::open(&path).expect("open")).collect();
-        let link = |entry: io::Result<std::fs::DirEntry>| std::fs::read_link(entry.expect("entry").path()).ok();
-        let open = std::fs::read_dir("/proc/self/fd").expect("descriptors").filter_map(link);
-        assert_eq!(open.filter(|target| *target == path).count(), files.len());
-    }
-
-    #[test]
-    fn writes_reach_the_file_in_both_modes() {
-        let dir = tempfile::tempdir().expect("tempdir");
-        for refuse in [false, true] {
-            let path = dir.path().join(format!("out{refuse}"));
-            let mut file = DirectFile::create(&path, 6 << 20).expect("create");
-            if refuse {
-                file.refuse_direct().expect("through the cache");
-            }
-            let mut buf = AlignedBuf::new(2 << 20).expect("buffer");
-            buf.copy_from_slice(&pattern(2 << 20));
-            file.write_all_at(&buf, 2 << 20).expect("write");
-            file.sync().expect("sync");
-            let found = std::fs::read(&path).expect("read");
-            assert_eq!(found.len(), 6 << 20);
-            assert!(found[2 << 20..4 << 20] == buf[..]);
-            assert!(found[..2 << 20].iter().chain(&found[4 << 20..]).all(|&b| b == 0));
-            file.truncate((4 << 20) - 5).expect("truncate");
-            assert_eq!((file.len(), std::fs::metadata(&path).expect("metadata").len()), (4_194_299, 4_194_299));
-        }
-    }
 }

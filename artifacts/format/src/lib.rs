@@ -41,7 +41,10 @@ pub use draft::{Draft, DraftOptions, Found, JournalOptions, KernelInput};
 pub use error::{FormatError, SuperblockCopy};
 pub use header::{BLOCK_BYTES, FORMAT_VERSION, MANIFEST_BYTES_MAX, SECTION_ALIGN};
 pub use layout::{Place, RankLayout, SectionLayout, SectionPlan, TensorPlan};
-pub use load::{Arena, Block, RankReader};
+pub use load::{
+    Arena, Block, CACHED_BYTES_MAX, Destination, Device, Engine, Figure, Floor, InPlace, Io, LoadOptions, LoadReport,
+    RankReader, SLOTS, Staged,
+};
 pub use manifest::{
     ArtifactId, Canary, Digest, KernelRecord, KernelSetId, Manifest, Member, RankFile, Section, SourceId, StoredFile,
     Tensor, WeightSetId,

@@ -1,8 +1,18 @@
 //! A rank's bytes into memory, block by block, none of them believed before its hash matched.
 //!
-//! [`RankReader`] hands out single verified blocks (for a staging ring), [`Artifact::load_rank`]
-//! fills an [`Arena`] with all of them. A block that does not match, or cannot be read, is read
-//! twice more from the medium, then the load fails with its address.
+//! [`RankReader`] hands out single verified blocks, [`Artifact::load`] fills an [`Arena`] with all of
+//! them, [`Artifact::load_into`] any [`Destination`]. A load has stages with threads of their own: blocks
+//! are read (many at once, [`readers`]), hashed, and placed ([`run`]); what passes between them is in
+//! [`stage`]. A block that does not match, or cannot be read, is read twice more from the medium, then
+//! the load fails with its address.
+
+mod destination;
+mod options;
+mod readers;
+pub(crate) mod run;
+mod stage;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Deref;
 use std::path::Path;
@@ -11,12 +21,14 @@ use std::sync::Arc;
 use crate::artifact::Artifact;
 use crate::error::FormatError;
 use crate::header::{BLOCK_BYTES, SECTION_ALIGN};
-use crate::io::{AlignedBuf, DirectFile, ReadAt};
+use crate::io::{AlignedBuf, DirectFile, ReadAt, ReadMode};
 use crate::layout::{Place, RankLayout};
 use crate::manifest::{Digest, RankFile};
-use crate::parallel::for_each;
 use crate::progress::Progress;
 use crate::section::{block_count, block_len, hash_block};
+pub use destination::{Destination, Device, InPlace, SLOTS, Staged};
+pub(crate) use destination::{Discard, HostCopy};
+pub use options::{CACHED_BYTES_MAX, Engine, Figure, Floor, Io, LoadOptions, LoadReport};
 
 const READS_MAX: u32 = 3;
 
@@ -58,6 +70,15 @@ pub(crate) fn blocks(rank: &RankFile) -> Vec<Block<'_>> {
     out
 }
 
+impl FormatError {
+    /// Where a read failed, added to what the system says of the file.
+    fn of_block(self, block: &Block<'_>, reads: u32) -> FormatError {
+        let FormatError::Io { action: "read", path: file, source } = self else { return self };
+        let (section, block, offset) = (block.section.to_owned(), block.index, block.file_offset);
+        FormatError::BlockRead { file, section, block, offset, reads, source }
+    }
+}
+
 /// Fills `buf` (of `block.len` bytes) with the block or fails; on failure `buf` holds garbage.
 pub(crate) fn read_verified<S: ReadAt>(
     source: &S,
@@ -68,7 +89,7 @@ pub(crate) fn read_verified<S: ReadAt>(
     let mut failure = None;
     for reads in 1..=READS_MAX {
         match source.read_exact_at(buf, block.file_offset) {
-            Err(error) => failure = Some(error),
+            Err(error) => failure = Some(error.of_block(block, reads)),
             Ok(()) => {
                 let found = hash_block(buf, block.index, block.count);
                 if found == block.hash {
@@ -110,9 +131,9 @@ impl RankReader<'_> {
         read_verified(&self.file, self.file.path(), block, buf)
     }
 
-    /// Whether the file is read past the page cache.
-    pub fn is_direct(&self) -> bool {
-        self.file.is_direct()
+    /// How reads treat the page cache.
+    pub fn mode(&self) -> ReadMode {
+        self.file.mode()
     }
 }
 
@@ -154,112 +175,61 @@ impl Artifact {
         Ok(RankReader { file: self.open_rank(record)?, blocks: blocks(record) })
     }
 
-    /// Reads a whole rank into memory with `threads` readers, each verifying what it read.
+    /// [`Artifact::load`] with `threads` hashing threads and nothing else asked for.
+    pub fn load_rank(&self, rank: u32, threads: usize, progress: &dyn Progress) -> Result<Arena, FormatError> {
+        self.load(rank, &LoadOptions { threads, ..LoadOptions::default() }, progress).map(|(arena, _)| arena)
+    }
+
+    /// Reads a whole rank into host memory. On failure the memory is free again.
     ///
     /// Errors: [`FormatError::RankMissing`], [`FormatError::NoSuchRank`], [`FormatError::Memory`],
-    /// [`FormatError::Block`], I/O.
-    pub fn load_rank(&self, rank: u32, threads: usize, progress: &dyn Progress) -> Result<Arena, FormatError> {
+    /// [`FormatError::LowMemory`], [`FormatError::Uring`], [`FormatError::Block`], I/O.
+    pub fn load(
+        &self,
+        rank: u32,
+        options: &LoadOptions<'_>,
+        progress: &dyn Progress,
+    ) -> Result<(Arena, LoadReport), FormatError> {
+        // What the file itself says comes before memory for it.
         let reader = self.rank_reader(rank)?;
         let layout = Arc::clone(self.layout(rank)?);
-        let bytes = layout.arena_bytes();
-        let mut buf = AlignedBuf::named(usize::try_from(bytes).unwrap_or(usize::MAX), "the weight arena")?;
+        let bytes = usize::try_from(layout.arena_bytes()).unwrap_or(usize::MAX);
+        let mut buf = AlignedBuf::named(bytes, "the weight arena")?;
         buf.prefer_huge_pages();
-        progress.start(&format!("load rank {rank}"), bytes);
-        // Sections follow each other without gaps, so cutting the arena by block length gives every
-        // block its own place.
-        let mut rest = &mut buf[..];
-        let mut jobs = Vec::with_capacity(reader.blocks.len());
-        for block in &reader.blocks {
-            let (part, tail) = rest.split_at_mut(block.len);
-            jobs.push((block, part));
-            rest = tail;
-        }
-        for_each(
-            jobs,
-            threads,
-            || Ok(()),
-            |(), (block, part)| {
-                reader.read(block, part)?;
-                progress.add(block.len as u64);
-                Ok(())
-            },
-        )?;
-        progress.finish();
-        Ok(Arena { buf, layout })
+        let report = if options.staged {
+            let mut dest = Staged::new(HostCopy::new(&mut buf), SLOTS);
+            reader.load_into(rank, &mut dest, options, progress)?
+        } else {
+            reader.load_into(rank, &mut InPlace::new(&mut buf), options, progress)?
+        };
+        Ok((Arena { buf, layout }, report))
+    }
+
+    /// Reads a whole rank into `dest`; on failure some of its blocks are there and some are not.
+    ///
+    /// Errors: those of [`Artifact::load`] and of `dest`.
+    pub fn load_into<D: Destination>(
+        &self,
+        rank: u32,
+        dest: &mut D,
+        options: &LoadOptions<'_>,
+        progress: &dyn Progress,
+    ) -> Result<LoadReport, FormatError> {
+        self.rank_reader(rank)?.load_into(rank, dest, options, progress)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicU32, Ordering};
-
-    use super::*;
-
-    /// Gives wrong bytes, or an error, for the first `bad` reads.
-    struct Faulty {
-        good: Vec<u8>,
-        bad: u32,
-        errors: bool,
-        reads: AtomicU32,
-    }
-
-    impl ReadAt for Faulty {
-        fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), FormatError> {
-            let nth = self.reads.fetch_add(1, Ordering::Relaxed);
-            let start = offset as usize;
-            buf.copy_from_slice(&self.good[start..start + buf.len()]);
-            if nth < self.bad {
-                if self.errors {
-                    let source = std::io::Error::from_raw_os_error(5);
-                    return Err(FormatError::io("read", Path::new("disk"), 0, source));
-                }
-                buf[17] ^= 4;
-            }
-            Ok(())
-        }
-    }
-
-    fn outcome(bad: u32, errors: bool) -> (Result<(), FormatError>, u32) {
-        let len = 2 << 20;
-        let good: Vec<u8> = (0..2 * len as u32).map(|i| (i.wrapping_mul(40_503) >> 7) as u8).collect();
-        let block = Block {
-            section_index: 0,
-            section: "layer 0",
-            index: 0,
-            count: 1,
-            file_offset: len as u64,
-            arena_offset: 0,
-            len,
-            hash: *blake3::hash(&good[len..]).as_bytes(),
-        };
-        let source = Faulty { good, bad, errors, reads: AtomicU32::new(0) };
-        let mut buf = vec![0; len];
-        let result = read_verified(&source, Path::new("disk"), &block, &mut buf);
-        if result.is_ok() {
-            assert!(buf == source.good[len..]);
-        }
-        (result, source.reads.into_inner())
-    }
-
-    #[test]
-    fn a_bad_block_is_read_twice_more_and_then_named() {
-        for errors in [false, true] {
-            for bad in 0..3 {
-                let (result, reads) = outcome(bad, errors);
-                assert!(result.is_ok(), "{bad} bad reads");
-                assert_eq!(reads, bad + 1);
-            }
-            let (result, reads) = outcome(3, errors);
-            assert_eq!(reads, 3);
-            let error = result.expect_err("three bad reads");
-            match error {
-                FormatError::Io { .. } => assert!(errors),
-                FormatError::Block { ref section, block: 0, offset, reads: 3, .. } => {
-                    assert!(!errors);
-                    assert_eq!((section.as_str(), offset), ("layer 0", 2 << 20));
-                }
-                other => panic!("unexpected {other}"),
-            }
-        }
+impl RankReader<'_> {
+    fn load_into<D: Destination>(
+        &self,
+        rank: u32,
+        dest: &mut D,
+        options: &LoadOptions<'_>,
+        progress: &dyn Progress,
+    ) -> Result<LoadReport, FormatError> {
+        progress.start(&format!("load rank {rank}"), self.blocks.iter().map(|b| b.len as u64).sum());
+        let report = run::load(&self.file, &self.blocks, dest, &|_, _| Ok(()), options, progress)?;
+        progress.finish();
+        Ok(report)
     }
 }

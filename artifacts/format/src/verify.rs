@@ -12,13 +12,16 @@ use crate::header::{
 };
 use crate::io::{AlignedBuf, DirectFile};
 use crate::layout::RankLayout;
-use crate::load::{Block, blocks, read_verified};
+use crate::load::run::load;
+use crate::load::{Block, Discard, LoadOptions, Staged, blocks};
 use crate::manifest::{Digest, RankFile, StoredFile};
 use crate::members;
 use crate::minisign;
-use crate::parallel::{default_threads, for_each};
 use crate::progress::Progress;
 use crate::section::first_nonzero;
+
+/// Reads under way at once: fewer than a load has, for a packer that has little memory.
+const VERIFY_DEPTH: usize = 8;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VerifyReport {
@@ -142,10 +145,7 @@ pub(crate) fn verify_blocks(
     require_zero(&head[HEADER_BYTES..], HEADER_BYTES as u64, file)?;
     progress.add(SECTION_ALIGN + HEADER_BYTES as u64);
     let gaps: Vec<_> = layout.sections().iter().map(|section| section.gaps()).collect();
-    let buffer = || AlignedBuf::named(BLOCK_BYTES as usize, "a block to verify");
-    for_each(blocks(rank), default_threads(), buffer, |buf, block: Block<'_>| {
-        let bytes = &mut buf[..block.len];
-        read_verified(file, file.path(), &block, bytes)?;
+    let judge = |block: &Block<'_>, bytes: &[u8]| {
         // The hash says these are the bytes that were written; the format says padding is zero.
         let (start, end) = (block.index * BLOCK_BYTES, block.index * BLOCK_BYTES + block.len as u64);
         let gaps = &gaps[block.section_index];
@@ -155,9 +155,11 @@ pub(crate) fn verify_blocks(
             let base = block.file_offset + from;
             require_zero(&bytes[from as usize..to as usize], base, file)?;
         }
-        progress.add(block.len as u64);
         Ok(())
-    })
+    };
+    let options = LoadOptions { queue_depth: Some(VERIFY_DEPTH), ..LoadOptions::default() };
+    let mut nowhere = Staged::new(Discard::default(), VERIFY_DEPTH + 2 * options.threads);
+    load(file, &blocks(rank), &mut nowhere, &judge, &options, progress).map(|_| ())
 }
 
 fn require_zero(bytes: &[u8], base: u64, file: &DirectFile) -> Result<(), FormatError> {

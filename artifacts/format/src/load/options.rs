@@ -1,0 +1,153 @@
+//! What a load is told, and what it tells.
+
+use std::fs;
+use std::time::Duration;
+
+use crate::io::ReadMode;
+use crate::parallel::default_threads;
+
+/// How long memory may stay below the floor before a load is given up.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// More of a rank file than this is not left in the page cache by loading it.
+pub const CACHED_BYTES_MAX: u64 = 64 << 20;
+
+/// Which way of reading is asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Io {
+    /// io_uring where it is allowed, else threads.
+    #[default]
+    Auto,
+    /// io_uring, or fail.
+    Uring,
+    /// Threads that each wait for one read.
+    Threads,
+}
+
+/// Which way of reading is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    Uring,
+    Threads,
+}
+
+impl Engine {
+    /// As in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Engine::Uring => "io_uring",
+            Engine::Threads => "threads",
+        }
+    }
+}
+
+/// A figure of /proc/meminfo.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Figure {
+    /// What programs get: counts the page cache that the kernel can give up.
+    Available,
+    /// What a GPU driver gets where the GPU has no memory of its own.
+    Free,
+}
+
+impl Figure {
+    /// As in /proc/meminfo.
+    pub fn name(self) -> &'static str {
+        match self {
+            Figure::Available => "MemAvailable",
+            Figure::Free => "MemFree",
+        }
+    }
+
+    /// Bytes now; `None` where the kernel does not tell.
+    pub fn read(self) -> Option<u64> {
+        let text = fs::read_to_string("/proc/meminfo").ok()?;
+        let line = text.lines().find_map(|line| line.strip_prefix(self.name())?.strip_prefix(':'))?;
+        line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    }
+}
+
+/// Memory that a load leaves to the machine: below it nothing more is read, and when that does not
+/// help, the load ends.
+#[derive(Clone, Copy)]
+pub struct Floor<'a> {
+    pub bytes: u64,
+    pub figure: Figure,
+    /// How long it may be low.
+    pub patience: Duration,
+    /// Reads the figure.
+    pub source: &'a (dyn Fn(Figure) -> Option<u64> + Sync),
+}
+
+impl Floor<'_> {
+    /// At least `bytes` of this machine's `figure`.
+    pub fn new(bytes: u64, figure: Figure) -> Floor<'static> {
+        Floor { bytes, figure, patience: PATIENCE, source: &Figure::read }
+    }
+}
+
+/// How to load.
+#[derive(Clone, Copy)]
+pub struct LoadOptions<'a> {
+    pub io: Io,
+    /// Threads that hash.
+    pub threads: usize,
+    /// Reads under way at once; by engine if none.
+    pub queue_depth: Option<usize>,
+    /// Through a ring of slots, as into memory that the disk cannot write.
+    pub staged: bool,
+    /// None: memory is not watched.
+    pub floor: Option<Floor<'a>>,
+}
+
+impl Default for LoadOptions<'_> {
+    fn default() -> Self {
+        LoadOptions { io: Io::Auto, threads: default_threads(), queue_depth: None, staged: false, floor: None }
+    }
+}
+
+/// What a load did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoadReport {
+    /// Bytes of weights.
+    pub bytes: u64,
+    /// From the first request to the last block in its place.
+    pub seconds: f64,
+    pub engine: Engine,
+    pub mode: ReadMode,
+    pub queue_depth: usize,
+    /// Threads that hashed.
+    pub threads: usize,
+    /// Whether blocks went through slots.
+    pub staged: bool,
+    /// Blocks that had to be read again.
+    pub retries: u64,
+    /// Of it, waiting for memory.
+    pub paused_seconds: f64,
+    /// Bytes of the file in the page cache, once its pages were dropped before loading.
+    pub cached_bytes_before: Option<u64>,
+    /// The same afterwards.
+    pub cached_bytes_after: Option<u64>,
+}
+
+impl LoadReport {
+    /// Bytes a second.
+    pub fn rate(&self) -> f64 {
+        if self.seconds > 0.0 { self.bytes as f64 / self.seconds } else { 0.0 }
+    }
+
+    /// Whether the page cache holds next to nothing of the file; an unknown amount is not held against it.
+    pub fn is_cache_bounded(&self) -> bool {
+        self.cached_bytes_after.is_none_or(|bytes| bytes <= CACHED_BYTES_MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_machine_tells_both_figures() {
+        let (free, available) = (Figure::Free.read().expect("Linux"), Figure::Available.read().expect("Linux"));
+        assert!(free > 1 << 20 && available > 1 << 20, "{free} {available}");
+    }
+}
