@@ -69,6 +69,7 @@ fn usage_and_input_errors_have_their_codes() {
         (vec!["pack", NANO, "--tp", "2", "--jobs", "0"], 2, "--jobs"),
         (vec!["pack", NANO, "--tp", "2", "--memory", "1M"], 2, "--memory"),
         (vec!["pack", NANO, "--tp", "2", "--memory", "99999999999G"], 2, "a number of bytes"),
+        (vec!["pack", NANO, "--tp", "2", "--journal-every", "1K"], 2, "--journal-every"),
         (vec!["pack", NANO, "--tp", "4"], 3, "layers.0.attn.wq_b"),
         (vec!["pack", "nowhere", "--tp", "1"], 3, "nowhere"),
         (vec!["plan", "nowhere", "--tp", "1"], 3, "nowhere"),
