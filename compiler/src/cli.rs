@@ -212,14 +212,14 @@ struct PackArgs {
     /// First check the files that this list names, in the format that sha256sum writes.
     #[arg(long, value_name = "LIST")]
     sha256: Option<PathBuf>,
-    /// Do not read the rank files back before they get their name.
+    /// Do not read back what this run wrote before it gets its name. (What an interrupted one wrote is read back.)
     #[arg(long)]
     no_verify: bool,
-    /// Discard what an interrupted pack or receive left, instead of going on with it.
+    /// Discard what an interrupted pack or receive left under this name, whatever it is of.
     #[arg(long)]
     fresh: bool,
     /// Bytes written between two marks of the journal, with an optional K, M or G; an interruption costs
-    /// up to twice as many.
+    /// about twice as many.
     #[arg(long, value_name = "BYTES", value_parser = bytes, default_value_t = JOURNAL_EVERY_DEFAULT)]
     journal_every: u64,
     /// The summary for programs.
@@ -268,10 +268,11 @@ pub fn run() -> Result<(), CompileError> {
                 fresh: args.fresh,
                 journal_every: args.journal_every,
             };
-            // Where stderr leads nowhere there is nobody to tell.
-            let tell = |line: &str| drop(writeln!(std::io::stderr(), "{line}"));
-            let report =
-                if cli.quiet { pack_and_tell(&options, &bar, &|_| ()) } else { pack_and_tell(&options, &bar, &tell) }?;
+            let report = pack_and_tell(&options, &bar, &|line| {
+                if !cli.quiet {
+                    tell(line)
+                }
+            })?;
             note_cache(cli.quiet);
             print(args.json, || report.to_json(), || report.to_text())?;
         }
@@ -378,8 +379,8 @@ pub fn run() -> Result<(), CompileError> {
             };
             let receiver = Receiver::bind(&args.listen, options)?;
             // With port 0 only the system knows which one it is.
-            eprintln!("waiting at {}", receiver.address()?);
-            let received = receiver.accept(&bar, &|line| eprintln!("{line}"))?;
+            tell(&format!("waiting at {}", receiver.address()?));
+            let received = receiver.accept(&bar, &tell)?;
             print(args.json, || received.to_json(), || received.to_text())?;
         }
     }
@@ -389,8 +390,13 @@ pub fn run() -> Result<(), CompileError> {
 /// Says once that files had to go through the page cache.
 fn note_cache(quiet: bool) {
     if let Some(note) = dsv4_format::io::cache_note().filter(|_| !quiet) {
-        eprintln!("note: {note}");
+        tell(&format!("note: {note}"));
     }
+}
+
+/// A line for people on stderr. Where that leads nowhere there is nobody to tell.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 fn token(file: Option<&Path>) -> Result<Token, CompileError> {

@@ -15,15 +15,17 @@ mod source;
 mod tiles;
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Instant, SystemTime};
 
 use dsv4_format::io::raise_open_files;
 use dsv4_format::{
-    Artifact, CommitInput, Digest, Draft, DraftOptions, FormatError, Found, JournalOptions, Outcome, Progress,
-    RankFile, RankWriter, SourceId, Tensor,
+    Artifact, CommitInput, Digest, Draft, DraftOptions, Found, JournalOptions, Outcome, Progress, RankFile, RankWriter,
+    SourceId, Tensor,
 };
 use dsv4_model::contract;
 use serde_json::{Map, Value, json};
@@ -31,7 +33,7 @@ use serde_json::{Map, Value, json};
 use crate::checkpoint::Checkpoint;
 use crate::error::CompileError;
 use crate::plan::Plan;
-use source::Source;
+use source::{Notes, Source};
 use tiles::{Reader, Ready};
 
 const PROGRAM: &str = concat!("dsv4c ", env!("CARGO_PKG_VERSION"));
@@ -61,11 +63,13 @@ pub struct PackOptions {
     pub force: bool,
     /// A list as `sha256sum` writes it; the files it names are checked before anything is packed.
     pub sha256: Option<PathBuf>,
-    /// Read the rank files back before they get their name, and compare every block.
+    /// Read the rank files back before they get their name, and compare every block. What an interrupted pack
+    /// wrote is read back in any case: nobody knows what happened to it since.
     pub read_back: bool,
     /// Discard what an interrupted pack or receive left, instead of going on with it.
     pub fresh: bool,
-    /// Bytes of output between two marks of the journal, at least 1 MiB: an interruption costs up to twice as many.
+    /// Bytes of output between two marks of the journal, at least 1 MiB: an interruption costs about twice as many.
+    /// No tile gives more output than this.
     pub journal_every: u64,
 }
 
@@ -113,7 +117,7 @@ pub struct PackReport {
     pub rank_bytes: Vec<u64>,
     /// From opening to the final name.
     pub seconds: f64,
-    /// How much of that was reading back; nothing if it was not asked for.
+    /// How much of that was reading back; nothing if nothing was.
     pub read_back_seconds: Option<f64>,
     /// Whether the artifact is new, replaces another, got a rank it lacked, or was there already.
     pub outcome: Outcome,
@@ -182,7 +186,7 @@ pub fn pack(options: &PackOptions, progress: &dyn Progress) -> Result<PackReport
 ///
 /// Errors: a checkpoint that is damaged or of another model, a `tp` that cuts a head, group or tile
 /// (before any weight is read), a name that is taken, a full disk, a disk that does not give back what
-/// was written. A failed pack leaves nothing, unless the error is [`FormatError::Kept`].
+/// was written. A failed pack leaves nothing, unless the error is [`dsv4_format::FormatError::Kept`].
 pub fn pack_and_tell(
     options: &PackOptions,
     progress: &dyn Progress,
@@ -198,27 +202,31 @@ pub fn pack_and_tell(
         Some(out) => out.clone(),
         None => default_out(&options.checkpoint)?,
     };
-    if !options.force {
-        refuse_another(&out, &plan, &config_json)?;
-    }
+    let there = if options.force { Vec::new() } else { ranks_of_the_same(&out, &plan, &config_json)? };
     check_usage(options)?;
     if let Some(list) = &options.sha256 {
         let jobs = options.jobs.or_else(|| std::thread::available_parallelism().ok());
         checkpoint.check_sums(list, jobs.map_or(1, NonZeroUsize::get), progress)?;
     }
-    let reader = Reader::new(&checkpoint, &plan, options.jobs, options.memory)?;
+    let reader = Reader::new(&checkpoint, &plan, options.jobs, options.memory, options.journal_every)?;
     let journal = JournalOptions {
         plan: plan_hash(&checkpoint, &plan, options, &config_json)?,
+        subject: subject(options)?,
+        there,
+        note_bytes_max: Notes::bytes_max(&plan),
         every_bytes: options.journal_every,
         fresh: options.fresh,
     };
-    let mut draft = Draft::resume(&out, plan.layouts.clone(), &DraftOptions { only_rank: options.rank }, &journal)?;
+    let mut notes = Notes::new(&plan);
+    let ranks = DraftOptions { only_rank: options.rank };
+    let mut draft = Draft::resume(&out, plan.layouts.clone(), &ranks, &journal, &mut |note| notes.take(note))?;
+    let source = found_source(&plan, &draft, notes, tell);
     let kept = |draft: &mut Draft, e| match e {
         CompileError::Format(e) => CompileError::Format(draft.failed(e)),
         e => e,
     };
     let weights =
-        write_weights(options, &plan, &reader, &mut draft, progress, tell).map_err(|e| kept(&mut draft, e))?;
+        write_weights(options, &plan, &reader, &mut draft, source, progress).map_err(|e| kept(&mut draft, e))?;
     // The texts, not only their hashes: a program that refuses the artifact can then say why.
     meta.push((contract::OP_CONTRACT_NAME.into(), contract::op_contract().into_bytes()));
     meta.push((contract::WEIGHT_CONTRACT_NAME.into(), contract::weight_contract().into_bytes()));
@@ -278,10 +286,9 @@ fn write_weights(
     plan: &Plan,
     reader: &Reader<'_>,
     draft: &mut Draft,
+    mut source: Source,
     progress: &dyn Progress,
-    tell: &dyn Fn(&str),
 ) -> Result<Weights, CompileError> {
-    let mut source = found_source(plan, draft, tell)?;
     let resumed_bytes = source.bytes();
     let writers: Result<Vec<RankWriter>, _> = (0..options.tp).map(|rank| draft.rank_writer(rank)).collect();
     let mut writers = writers?;
@@ -299,35 +306,36 @@ fn write_weights(
     progress.finish();
     let ranks = marks.finish(writers, source.note())?;
     let started = Instant::now();
-    if options.read_back {
+    let read = if options.read_back {
         draft.read_back(&ranks, progress)?;
-    }
-    let read_back_seconds = options.read_back.then(|| started.elapsed().as_secs_f64());
+        true
+    } else {
+        draft.read_back_resumed(&ranks, progress)?
+    };
+    let read_back_seconds = read.then(|| started.elapsed().as_secs_f64());
     Ok(Weights { ranks, source_id: source.finish(), resumed_bytes, read_bytes, read_back_seconds })
 }
 
 /// The source at the place where the draft's writers begin.
-fn found_source(plan: &Plan, draft: &Draft, tell: &dyn Fn(&str)) -> Result<Source, CompileError> {
+fn found_source(plan: &Plan, draft: &Draft, notes: Notes<'_>, tell: &dyn Fn(&str)) -> Source {
     match draft.found() {
-        Found::Nothing => Ok(Source::default()),
+        Found::Nothing => Source::default(),
         Found::Discarded(reason) => {
             tell(&format!("starts over with a pack that was interrupted: {reason}"));
-            Ok(Source::default())
+            Source::default()
         }
-        Found::Marks(notes) => {
-            let Some(source) = Source::resume(plan, notes) else {
-                let (expected, found) = ("notes of this plan".into(), format!("{} others", notes.len()));
-                return Err(FormatError::Journal { path: draft.path().to_path_buf(), expected, found }.into());
-            };
+        Found::Marks => {
+            let source = notes.source();
             let (there, all) = (source.bytes(), plan.checkpoint_bytes());
             tell(&format!("goes on with a pack that was interrupted: {there} of {all} bytes are there"));
-            Ok(source)
+            source
         }
     }
 }
 
 /// Names everything that decides which bytes go where: only an attempt at the same plan is gone on
-/// with. Sizes and times of the shards stand for their content.
+/// with. The shards' sizes, times and inodes stand for their content (a copy that keeps the time has another
+/// inode, or another time of change), the running file for what it does.
 fn plan_hash(
     checkpoint: &Checkpoint,
     plan: &Plan,
@@ -341,7 +349,10 @@ fn plan_hash(
             path.file_name().map(OsStr::to_string_lossy),
             meta.size(),
             meta.mtime(),
-            meta.mtime_nsec()
+            meta.mtime_nsec(),
+            meta.ctime(),
+            meta.ctime_nsec(),
+            meta.ino()
         ]));
     }
     let layouts = plan.layouts.iter().map(|layout| {
@@ -354,11 +365,30 @@ fn plan_hash(
         tensors.collect::<Value>()
     });
     let text = json!({
-        "program": PROGRAM, "config": config_json, "tp": options.tp, "rank": options.rank,
+        "program": PROGRAM, "build": build(), "config": config_json, "tp": options.tp, "rank": options.rank,
         "weight_contract": contract::weight_contract(), "op_contract": contract::op_contract(),
         "layouts": layouts.collect::<Value>(), "shards": shards,
     });
     Ok(Digest::of(text.to_string().as_bytes()))
+}
+
+/// Hash of the running program's file: a version may be built more than once. Without /proc there is none,
+/// and the version stands alone.
+fn build() -> Option<String> {
+    static BUILD: OnceLock<Option<String>> = OnceLock::new();
+    let hash = || {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(File::open("/proc/self/exe").ok()?).ok()?;
+        Some(hasher.finalize().to_hex().to_string())
+    };
+    BUILD.get_or_init(hash).clone()
+}
+
+/// What a user would call the pack; of the same one, another plan means that something changed.
+fn subject(options: &PackOptions) -> Result<String, CompileError> {
+    let full = options.checkpoint.canonicalize().map_err(CompileError::io("resolve", &options.checkpoint))?;
+    let rank = options.rank.map_or(String::new(), |rank| format!(" --rank {rank}"));
+    Ok(format!("pack of {} with --tp {}{rank}", full.display(), options.tp))
 }
 
 /// Hands one tile's pieces to the rank writers and its bytes or hash to the source's id.
@@ -405,10 +435,11 @@ fn default_out(checkpoint: &Path) -> Result<PathBuf, CompileError> {
     }
 }
 
-/// Finds out early, where it can be seen without packing, that `out` is an artifact with another id.
-fn refuse_another(out: &Path, plan: &Plan, config_json: &str) -> Result<(), CompileError> {
+/// Finds out early, where it can be seen without packing, that `out` is an artifact with another id. Otherwise
+/// its ranks: to tell whether it is the same, these only need to be hashed.
+fn ranks_of_the_same(out: &Path, plan: &Plan, config_json: &str) -> Result<Vec<u32>, CompileError> {
     // What is not an artifact, or a damaged one, is the draft's to judge.
-    let Ok(there) = Artifact::open(out) else { return Ok(()) };
+    let Ok(there) = Artifact::open(out) else { return Ok(Vec::new()) };
     let manifest = there.manifest();
     let other = |what, expected: String, found: String| {
         Err(CompileError::OtherArtifact { path: out.to_path_buf(), what, expected, found })
@@ -419,7 +450,7 @@ fn refuse_another(out: &Path, plan: &Plan, config_json: &str) -> Result<(), Comp
     if manifest.config_json != config_json {
         return other("config.json", "the checkpoint's".into(), "another".into());
     }
-    Ok(())
+    Ok(there.present_ranks().to_vec())
 }
 
 fn receipt(options: &PackOptions, plan: &Plan, started: Instant, read_back_seconds: Option<f64>) -> Map<String, Value> {

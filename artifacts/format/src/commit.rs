@@ -6,13 +6,14 @@
 
 use std::fs;
 use std::io;
+use std::sync::atomic::Ordering;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use crate::artifact::{Artifact, open_rank_file};
 use crate::check::check;
-use crate::draft::{Draft, is_replaceable};
+use crate::draft::{Draft, RECEIPT_PLAN, is_replaceable};
 use crate::error::FormatError;
 use crate::header::{HEADER_BYTES, MANIFEST_FILE, META_FILE, RECEIPT_FILE, Superblock, rank_file_name};
 use crate::identity::index_hash;
@@ -21,7 +22,7 @@ use crate::journal::JOURNAL_FILE;
 use crate::manifest::{
     ArtifactId, Canary, Digest, KernelSetId, Manifest, RankFile, SourceId, StoredFile, WeightSetId, encode,
 };
-use crate::partial::{lock_directory, remove_file, sync_directory};
+use crate::partial::{Partial, lock_directory, remove_file, sync_directory};
 use crate::progress::Progress;
 
 /// What the packer knows and the files do not say.
@@ -102,8 +103,11 @@ impl Draft {
         self.write_new(MANIFEST_FILE, &encode(&manifest, &path)?)?;
         self.write_receipt(receipt, &manifest)?;
         if !replace {
-            self.drop_journal()?;
-            self.partial.publish()?;
+            // It was there, so that its ranks were not written.
+            if self.files.iter().all(Option::is_none) {
+                return Err(FormatError::NoRanks { path: self.partial.out().to_path_buf(), tp: manifest.tp });
+            }
+            self.without_journal(Partial::publish)?;
             return Ok(committed(Outcome::Created));
         }
         // What is replaced takes the partial's name until it is removed, and must not pass for a
@@ -113,16 +117,30 @@ impl Draft {
             e => FormatError::io("lock", self.partial.out(), 0, e.into()),
         })?);
         self.keep_other_ranks(&manifest)?;
-        self.drop_journal()?;
-        self.partial.replace()?;
+        self.without_journal(Partial::replace)?;
         Ok(committed(Outcome::Replaced))
     }
 
-    /// The last thing before the final name, when all the rest is on the medium. A crash in between
-    /// leaves a whole artifact without a journal, which the next attempt discards.
-    fn drop_journal(&self) -> Result<(), FormatError> {
+    /// Gives the final name, when all the rest is on the medium; just before, JOURNAL is removed, and it is put
+    /// back if the name could not be given. A crash in between leaves a whole artifact without a journal, known
+    /// by the plan in its receipt, which the next attempt discards.
+    fn without_journal(&mut self, give_name: fn(&mut Partial) -> Result<(), FormatError>) -> Result<(), FormatError> {
         self.partial.sync_names()?;
-        remove_file(&self.partial.path().join(JOURNAL_FILE))
+        let path = self.partial.path().join(JOURNAL_FILE);
+        let journal = match fs::read(&path) {
+            Ok(bytes) => Some(bytes),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+            Err(e) => return Err(FormatError::io("read", &path, 0, e)),
+        };
+        remove_file(&path)?;
+        let marked = self.marked.swap(false, Ordering::AcqRel);
+        let named = give_name(&mut self.partial);
+        if let (Err(_), Some(bytes), true) = (&named, journal, marked && self.partial.is_here()) {
+            // The first error is the one to report.
+            let back = self.write_new(JOURNAL_FILE, &bytes).and_then(|()| self.partial.sync_names());
+            self.marked.store(back.is_ok(), Ordering::Release);
+        }
+        named
     }
 
     fn manifest(&mut self, input: CommitInput) -> Result<Manifest, FormatError> {
@@ -227,6 +245,9 @@ impl Draft {
         mut receipt: serde_json::Map<String, serde_json::Value>,
         manifest: &Manifest,
     ) -> Result<(), FormatError> {
+        if let Some(plan) = self.plan {
+            receipt.insert(RECEIPT_PLAN.into(), plan.to_string().into());
+        }
         receipt.insert("artifact_id".into(), manifest.artifact_id.to_string().into());
         receipt.insert("weight_set_id".into(), manifest.weight_set_id.to_string().into());
         let mut text = format!("{:#}", serde_json::Value::Object(receipt));

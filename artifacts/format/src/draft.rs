@@ -6,16 +6,19 @@
 //! interrupted attempt says is believed only of the same plan, and only with the files as it says.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::artifact::is_artifact_file;
 use crate::check::{TUNING_MEMBER, is_arch};
 use crate::error::FormatError;
-use crate::header::{BLOCK_BYTES, KERNELS_PREFIX, MANIFEST_FILE, META_FILE, RANKS_MAX, rank_file_name};
+use crate::header::{BLOCK_BYTES, KERNELS_PREFIX, MANIFEST_FILE, META_FILE, RANKS_MAX, RECEIPT_FILE, rank_file_name};
 use crate::io::{AlignedBuf, DIRECT_ALIGN, DirectFile};
-use crate::journal::{JOURNAL_FILE, Journal, Opened, RankState, apply_mark, has_marks, is_partial_file};
+use crate::journal::{
+    JOURNAL_FILE, Journal, Opened, Position, RankState, Subject, apply_mark, is_partial_file, rank_bytes_max,
+};
 use crate::layout::RankLayout;
 use crate::manifest::{Digest, KernelRecord, RankFile, StoredFile};
 use crate::marks::Marks;
@@ -24,7 +27,6 @@ use crate::parallel::default_threads;
 use crate::partial::{Partial, foreign, remove_file};
 use crate::progress::Progress;
 use crate::rank_writer::RankWriter;
-use crate::receive::is_whole;
 use crate::tree_hash::TreeHash;
 use crate::verify::verify_blocks;
 
@@ -35,11 +37,21 @@ pub struct DraftOptions {
     pub only_rank: Option<u32>,
 }
 
+/// Its place in RECEIPT.json, where it says after the end of the journal whose the files are.
+pub(crate) const RECEIPT_PLAN: &str = "plan";
+const RECEIPT_BYTES_MAX: u64 = 1 << 20;
+
 /// How a draft survives an interruption.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct JournalOptions {
     /// Names everything that decides what is appended to which rank. An attempt at another plan is not resumed.
     pub plan: Digest,
+    /// What a user would call it: starting over with another plan of the same subject needs no permission.
+    pub subject: String,
+    /// Ranks that the artifact under this name has: they are hashed only, if nothing is to be replaced.
+    pub there: Vec<u32>,
+    /// No note of the packer is longer.
+    pub note_bytes_max: usize,
     /// Output of all ranks together between two marks.
     pub every_bytes: u64,
     /// Discard what an interrupted attempt left, whatever it is.
@@ -50,8 +62,8 @@ pub struct JournalOptions {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found {
     Nothing,
-    /// Its marks; the packer's note of each, in order. Writers go on from the last one.
-    Marks(Vec<Vec<u8>>),
+    /// Marks. Writers go on from the last one.
+    Marks,
     /// Something that cannot be gone on with, for this reason.
     Discarded(&'static str),
 }
@@ -71,7 +83,14 @@ pub struct Draft {
     pub(crate) files: Vec<Option<Arc<DirectFile>>>,
     /// Where each rank's writer begins, until it is taken.
     states: Vec<Option<RankState>>,
+    /// Where each rank's writer began, if an earlier process had written something.
+    begun: Vec<Position>,
+    /// Index = rank; whether its file is written.
+    kept: Vec<bool>,
     journal: Option<Journal>,
+    /// Whether the journal has a mark on the medium.
+    pub(crate) marked: Arc<AtomicBool>,
+    pub(crate) plan: Option<Digest>,
     every_bytes: u64,
     found: Found,
     pub(crate) meta: Option<StoredFile>,
@@ -89,38 +108,54 @@ impl Draft {
     /// when `out` is neither free nor an artifact or the partial directory holds what no packer puts
     /// there, [`FormatError::NoSpace`].
     pub fn create(out: &Path, layouts: Vec<RankLayout>, options: &DraftOptions) -> Result<Self, FormatError> {
-        let mut draft = Draft::locked(out, layouts, options)?;
-        draft.start_over(options)?;
+        let mut draft = Draft::locked(out, layouts, options, &[])?;
+        draft.start_over()?;
         Ok(draft)
     }
 
     /// As [`Draft::create`], with a journal: goes on where an interrupted attempt at the same plan
-    /// stood. [`Draft::found`] says what was there.
+    /// stood. [`Draft::found`] says what was there. `take` gets the packer's note of every mark in turn and
+    /// says whether it follows from those before it; unless marks are found, what it took counts for nothing.
     ///
-    /// Errors: [`FormatError::Unfinished`] for what an interrupted receive left, unless it is to be discarded.
+    /// Errors: [`FormatError::Unfinished`] for what an interrupted receive or a pack of another subject left,
+    /// unless it is to be discarded.
     pub fn resume(
         out: &Path,
         layouts: Vec<RankLayout>,
         options: &DraftOptions,
         journal: &JournalOptions,
+        take: &mut dyn FnMut(&[u8]) -> bool,
     ) -> Result<Self, FormatError> {
-        let mut draft = Draft::locked(out, layouts, options)?;
+        let mut draft = Draft::locked(out, layouts, options, &journal.there)?;
         draft.every_bytes = journal.every_bytes;
-        draft.found = if journal.fresh { Found::Nothing } else { draft.look(options, &journal.plan)? };
-        if let Found::Marks(_) = draft.found {
+        draft.plan = Some(journal.plan);
+        let subject = Subject {
+            plan: &journal.plan,
+            words: &journal.subject,
+            mark_bytes_max: rank_bytes_max(&draft.layouts) + journal.note_bytes_max,
+        };
+        draft.found = if journal.fresh { Found::Nothing } else { draft.look(&subject, take)? };
+        if draft.found == Found::Marks {
             draft.clear_but_weights()?;
             draft.partial.discard_on_drop();
             return Ok(draft);
         }
-        draft.start_over(options)?;
-        draft.journal = Some(Journal::create(draft.partial.path(), &journal.plan)?);
+        draft.start_over()?;
+        let journal = Journal::create(draft.partial.path(), &subject)?;
+        draft.marked = journal.has_marks();
+        draft.journal = Some(journal);
         draft.files.iter().flatten().try_for_each(|file| file.sync())?;
         draft.partial.sync_names()?;
         Ok(draft)
     }
 
     /// The locked directory, with what is in it.
-    fn locked(out: &Path, layouts: Vec<RankLayout>, options: &DraftOptions) -> Result<Self, FormatError> {
+    fn locked(
+        out: &Path,
+        layouts: Vec<RankLayout>,
+        options: &DraftOptions,
+        there: &[u32],
+    ) -> Result<Self, FormatError> {
         let tp = u32::try_from(layouts.len()).unwrap_or(u32::MAX);
         if !(1..=RANKS_MAX).contains(&tp) || options.only_rank.is_some_and(|rank| rank >= tp) {
             return Err(FormatError::Input {
@@ -133,9 +168,15 @@ impl Draft {
         Ok(Draft {
             partial: Partial::resume(out, is_partial_file)?,
             states: layouts.iter().map(|layout| Some(RankState::new(layout))).collect(),
+            begun: vec![Position::default(); layouts.len()],
+            kept: (0..tp)
+                .map(|rank| options.only_rank.is_none_or(|only| only == rank) && !there.contains(&rank))
+                .collect(),
             layouts: layouts.into_iter().map(Arc::new).collect(),
             files: Vec::new(),
             journal: None,
+            marked: Arc::default(),
+            plan: None,
             every_bytes: u64::MAX,
             found: Found::Nothing,
             meta: None,
@@ -146,48 +187,53 @@ impl Draft {
     }
 
     /// Discards what is there and makes the rank files.
-    fn start_over(&mut self, options: &DraftOptions) -> Result<(), FormatError> {
+    fn start_over(&mut self) -> Result<(), FormatError> {
         self.partial.clear()?;
         self.partial.discard_on_drop();
         self.states = self.layouts.iter().map(|layout| Some(RankState::new(layout))).collect();
         self.files.clear();
-        for (rank, layout) in (0u32..).zip(&self.layouts) {
-            let kept = options.only_rank.is_none_or(|only| only == rank);
+        for ((rank, layout), kept) in (0u32..).zip(&self.layouts).zip(&self.kept) {
             let path = self.partial.path().join(rank_file_name(rank));
-            let file = if kept { Some(Arc::new(DirectFile::create(&path, layout.file_len())?)) } else { None };
+            let file = if *kept { Some(Arc::new(DirectFile::create(&path, layout.file_len())?)) } else { None };
             self.files.push(file);
         }
         Ok(())
     }
 
     /// Whether what is there can be gone on with; then journal, states and files are set.
-    fn look(&mut self, options: &DraftOptions, plan: &Digest) -> Result<Found, FormatError> {
+    fn look(&mut self, subject: &Subject<'_>, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<Found, FormatError> {
         let dir = self.partial.path().to_path_buf();
         let mut states: Vec<_> = self.layouts.iter().map(|layout| RankState::new(layout)).collect();
-        let mut notes = Vec::new();
-        let opened = Journal::open(&dir, plan, |mark| {
-            let note = apply_mark(&mut states, &self.layouts, mark);
-            let follows = note.is_some();
-            notes.extend(note);
-            follows
-        })?;
+        let opened =
+            Journal::open(&dir, subject, |mark| apply_mark(&mut states, &self.layouts, mark).is_some_and(&mut *take))?;
+        let unfinished = |found: String, help| {
+            Err(FormatError::Unfinished { path: dir.clone(), expected: subject.words.into(), found, help })
+        };
         let journal = match opened {
-            Opened::Missing if dir.join(MANIFEST_FILE).exists() && !is_whole(&dir) => {
-                return Err(FormatError::Unfinished {
-                    path: dir,
-                    expected: "pack",
-                    found: "receive",
-                    help: "repeat the push to finish it, or discard it with --fresh",
-                });
+            Opened::Missing if dir.join(MANIFEST_FILE).exists() => {
+                return match receipt_plan(&dir)? {
+                    None => unfinished("receive".into(), "repeat the push to finish it, or discard it with --fresh"),
+                    // What was replaced, and not removed any more.
+                    Some(_) if is_replaceable(self.partial.out())? => Ok(Found::Nothing),
+                    Some(plan) if plan == subject.plan.to_string() => {
+                        Ok(Found::Discarded("it was complete but for its name, and its journal is gone"))
+                    }
+                    Some(_) => unfinished("pack of something else".into(), OTHER_PACK),
+                };
             }
-            Opened::Missing | Opened::Marks(_, 0) => return Ok(Found::Nothing),
+            Opened::Missing => return Ok(Found::Nothing),
             Opened::Damaged => return Ok(Found::Discarded("its journal is damaged")),
-            Opened::OtherPlan => return Ok(Found::Discarded("it is of another checkpoint or of other options")),
-            Opened::Marks(journal, _) => journal,
+            Opened::OtherVersion => return Ok(Found::Discarded("its journal is of another version of this program")),
+            Opened::Changed => {
+                return Ok(Found::Discarded("the checkpoint's files, its config or this program changed"));
+            }
+            Opened::Other(words) => return unfinished(words, OTHER_PACK),
+            Opened::Marks(journal) if !journal.has_marks().load(Ordering::Acquire) => return Ok(Found::Nothing),
+            Opened::Marks(journal) => journal,
         };
         let mut files = Vec::new();
-        for ((rank, layout), state) in (0u32..).zip(&self.layouts).zip(&mut states) {
-            if options.only_rank.is_some_and(|only| only != rank) {
+        for (((rank, layout), state), kept) in (0u32..).zip(&self.layouts).zip(&mut states).zip(&self.kept) {
+            if !kept {
                 files.push(None);
                 continue;
             }
@@ -203,10 +249,12 @@ impl Draft {
             }
             files.push(Some(Arc::new(file)));
         }
+        self.begun = states.iter().map(|state| state.position).collect();
         self.states = states.into_iter().map(Some).collect();
         self.files = files;
+        self.marked = journal.has_marks();
         self.journal = Some(journal);
-        Ok(Found::Marks(notes))
+        Ok(Found::Marks)
     }
 
     /// Removes what an attempt left that came as far as its commit.
@@ -246,7 +294,7 @@ impl Draft {
     /// and the error says so. Otherwise dropping the draft discards it.
     pub fn failed(&mut self, error: FormatError) -> FormatError {
         let path = self.partial.path();
-        if !error.is_of_the_machine() || !has_marks(path) {
+        if !error.is_of_the_machine() || !self.marked.load(Ordering::Acquire) {
             return error;
         }
         let path = path.to_path_buf();
@@ -325,14 +373,50 @@ impl Draft {
     /// Reads the kept rank files from the medium and holds every block against `ranks`, which
     /// [`RankWriter::finish`] gave, in rank order. Call it when all of them are finished.
     ///
-    /// Errors: [`FormatError::ReadBack`], [`FormatError::Padding`], I/O.
+    /// Errors: [`FormatError::ReadBack`], [`FormatError::ReadBackIo`], [`FormatError::Padding`], I/O.
     pub fn read_back(&self, ranks: &[RankFile], progress: &dyn Progress) -> Result<(), FormatError> {
-        let kept =
-            || ranks.iter().zip(&self.layouts).zip(&self.files).filter_map(|(r, file)| Some((r, file.as_ref()?)));
-        progress.start("read back", kept().map(|((rank, _), _)| rank.file_len).sum());
+        self.read_blocks(ranks, progress)
+    }
+
+    /// As [`Draft::read_back`], only of the blocks that an earlier process wrote: of what happened to them
+    /// since, nobody knows. Whether there are any.
+    pub fn read_back_resumed(&self, ranks: &[RankFile], progress: &dyn Progress) -> Result<bool, FormatError> {
+        let mut ranks = ranks.to_vec();
+        for (rank, begun) in ranks.iter_mut().zip(&self.begun) {
+            for (index, section) in rank.sections.iter_mut().enumerate() {
+                match index.cmp(&begun.section) {
+                    std::cmp::Ordering::Less => {}
+                    std::cmp::Ordering::Equal => section.blocks.truncate(begun.block().1 as usize),
+                    std::cmp::Ordering::Greater => section.blocks.clear(),
+                }
+            }
+        }
+        let any =
+            ranks.iter().zip(&self.files).any(|(r, f)| f.is_some() && r.sections.iter().any(|s| !s.blocks.is_empty()));
+        if any {
+            self.read_blocks(&ranks, progress)?;
+        }
+        Ok(any)
+    }
+
+    /// The blocks that `ranks` still name, and the zeros before them.
+    fn read_blocks(&self, ranks: &[RankFile], progress: &dyn Progress) -> Result<(), FormatError> {
+        let kept = || {
+            let kept =
+                ranks.iter().zip(&self.layouts).zip(&self.files).filter_map(|(r, file)| Some((r, file.as_ref()?)));
+            kept.filter(|((rank, _), _)| rank.sections.iter().any(|section| !section.blocks.is_empty()))
+        };
+        let bytes = |rank: &RankFile| {
+            let sections = rank.sections.iter().map(|s| s.len.min(s.blocks.len() as u64 * BLOCK_BYTES));
+            sections.sum::<u64>() + rank.file_len - rank.arena_bytes
+        };
+        progress.start("read back", kept().map(|((rank, _), _)| bytes(rank)).sum());
         for ((rank, layout), file) in kept() {
             file.sync()?;
             verify_blocks(file, rank, layout, progress).map_err(|e| match e {
+                FormatError::BlockRead { file, section, block, offset, reads, source } => {
+                    FormatError::ReadBackIo { file, section, block, offset, reads, source }
+                }
                 FormatError::Block { file, section, block, offset, expected, found, .. } => {
                     FormatError::ReadBack { file, section, block, offset, expected, found }
                 }
@@ -347,10 +431,26 @@ impl Draft {
 impl Drop for Draft {
     /// A panic of the packer costs no more than a kill.
     fn drop(&mut self) {
-        if std::thread::panicking() && has_marks(self.partial.path()) {
+        if std::thread::panicking() && self.marked.load(Ordering::Acquire) {
             self.partial.keep_on_drop();
         }
     }
+}
+
+const OTHER_PACK: &str =
+    "let that pack finish (its command again goes on with it), give another -o, or discard it with --fresh";
+
+/// The plan that RECEIPT.json says a pack had, if there is such a line.
+fn receipt_plan(dir: &Path) -> Result<Option<String>, FormatError> {
+    let path = dir.join(RECEIPT_FILE);
+    let mut bytes = Vec::new();
+    match File::open(&path).and_then(|file| file.take(RECEIPT_BYTES_MAX).read_to_end(&mut bytes)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(FormatError::io("read", &path, 0, e)),
+        Ok(_) => {}
+    }
+    let receipt: Option<serde_json::Value> = serde_json::from_slice(&bytes).ok();
+    Ok(receipt.and_then(|receipt| Some(receipt.get(RECEIPT_PLAN)?.as_str()?.to_owned())))
 }
 
 /// Reads the block in the making that the last mark speaks of; false when it is not as the mark says.

@@ -68,13 +68,10 @@ pub enum FormatError {
     Exists { path: PathBuf, expected: ArtifactId, found: String },
 
     #[error("{path}: expected nothing, or what an interrupted {expected} left, found what an interrupted {found} left\n  help: {help}", path = path.display())]
-    Unfinished { path: PathBuf, expected: &'static str, found: &'static str, help: &'static str },
+    Unfinished { path: PathBuf, expected: String, found: String, help: &'static str },
 
     #[error("{source}\n  help: what is written so far is kept in {path}: the same command goes on with it, --fresh discards it", path = path.display())]
     Kept { path: PathBuf, source: Box<FormatError> },
-
-    #[error("{path}: the journal's marks contradict each other: expected {expected}, found {found}\n  help: this is a fault of the packer; pack with --fresh, and report it with the command line", path = path.display())]
-    Journal { path: PathBuf, expected: String, found: String },
 
     #[error("{path}: expected a free name or an artifact, found {found}\n  help: choose another name; what is there is never overwritten, not even with --force", path = path.display())]
     Occupied { path: PathBuf, found: String },
@@ -138,6 +135,9 @@ pub enum FormatError {
     #[error("{file}: section {section}, block {block}, offset {offset}: read back with block hash {found}, expected {expected}\n  help: the disk does not give what was written to it; check memory and disk (dmesg), then pack again", file = file.display())]
     ReadBack { file: PathBuf, section: String, block: u64, offset: u64, expected: Box<Digest>, found: Box<Digest> },
 
+    #[error("{file}: section {section}, block {block}, offset {offset}: cannot be read back after {reads} tries: {source}\n  help: the disk does not give what was written to it (dmesg shows media errors); if trying again does not help, pack to another disk", file = file.display())]
+    ReadBackIo { file: PathBuf, section: String, block: u64, offset: u64, reads: u32, source: io::Error },
+
     #[error("{path}: the file of rank {rank} is missing; expected it beside MANIFEST, found ranks {present:?}\n  help: copy this rank's file here, or run with a rank that is present", path = path.display())]
     RankMissing { path: PathBuf, rank: u32, present: Vec<u32> },
 
@@ -197,6 +197,10 @@ impl FormatError {
                 | FormatError::OpenFiles { .. }
                 | FormatError::Busy { .. }
                 | FormatError::WriterFailed { .. }
+                | FormatError::BlockRead { .. }
+                | FormatError::ReadBackIo { .. }
+                | FormatError::LowMemory { .. }
+                | FormatError::Uring { .. }
         )
     }
 

@@ -3,7 +3,7 @@
 //! A record is its payload's length (u32), 16 bytes of check, and the payload. The check is the
 //! beginning of BLAKE3 over everything before it: the whole hash of the record before, this length,
 //! this payload. So reading stops at the first record that is torn, damaged or not the next one, and what
-//! comes after it counts for nothing. The first record names the program's plan; each other one is a
+//! comes after it counts for nothing. The first record names the plan and, in words, its subject; each other one is a
 //! mark: what was on the medium when it was appended ([`Position`], block values and the block in the
 //! making of every rank, and a note of the packer's own).
 //!
@@ -12,6 +12,8 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::artifact::is_artifact_file;
 use crate::error::FormatError;
@@ -24,10 +26,42 @@ use crate::tree_hash::TreeHash;
 
 pub(crate) const JOURNAL_FILE: &str = "JOURNAL";
 const MAGIC: &[u8; 8] = b"DSV4JRNL";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const CHECK_BYTES: usize = 16;
-/// Values of more than 8 TiB of weights.
-const PAYLOAD_BYTES_MAX: usize = 64 << 20;
+/// Of the first record's payload: a subject holds a path.
+const HEADER_BYTES_MAX: usize = 16 << 10;
+
+/// What a journal is of.
+pub(crate) struct Subject<'a> {
+    /// Everything that decides what is written.
+    pub plan: &'a Digest,
+    /// What a user would call it.
+    pub words: &'a str,
+    /// No mark is longer.
+    pub mark_bytes_max: usize,
+}
+
+impl Subject<'_> {
+    fn header(&self) -> Vec<u8> {
+        [&MAGIC[..], &VERSION.to_le_bytes(), self.plan.as_bytes(), self.words.as_bytes()].concat()
+    }
+
+    /// In whatever words: a checkpoint may have been moved.
+    fn is_of_plan(&self, first: &[u8]) -> bool {
+        first.starts_with(&self.header()[..MAGIC.len() + 4 + 32])
+    }
+
+    /// What the first record is good for, if it is not this subject's.
+    fn other(&self, first: &[u8]) -> Opened {
+        let Some(rest) = first.strip_prefix(MAGIC) else { return Opened::Damaged };
+        let Some(rest) = rest.strip_prefix(&VERSION.to_le_bytes()) else { return Opened::OtherVersion };
+        match rest.get(self.plan.as_bytes().len()..) {
+            None => Opened::Damaged,
+            Some(words) if words == self.words.as_bytes() => Opened::Changed,
+            Some(words) => Opened::Other(String::from_utf8_lossy(words).escape_debug().to_string()),
+        }
+    }
+}
 
 /// Whether some writer could have put a file of this name into a partial artifact.
 pub(crate) fn is_partial_file(name: &str) -> bool {
@@ -40,6 +74,9 @@ pub(crate) struct Journal {
     file: File,
     /// Whole hash of the last record.
     chain: [u8; 32],
+    mark_bytes_max: usize,
+    /// Whether there is a mark on the medium.
+    marked: Arc<AtomicBool>,
 }
 
 /// What a partial directory's JOURNAL is good for.
@@ -47,26 +84,35 @@ pub(crate) enum Opened {
     Missing,
     /// Its first record is none, or a sound one does not follow from those before it.
     Damaged,
-    /// Of other input.
-    OtherPlan,
-    /// Cut behind the last good mark; so many there are.
-    Marks(Journal, usize),
+    /// Written by a program that keeps it differently.
+    OtherVersion,
+    /// Of this subject by name, but of another plan.
+    Changed,
+    /// Of another subject; this one.
+    Other(String),
+    /// Cut behind the last good mark, if there is one ([`Journal::has_marks`]).
+    Marks(Journal),
 }
 
 impl Journal {
     /// Begins a journal; it and its name are on the medium when the directory is synced, too.
-    pub fn create(dir: &Path, plan: &Digest) -> Result<Journal, FormatError> {
+    pub fn create(dir: &Path, subject: &Subject<'_>) -> Result<Journal, FormatError> {
         let path = dir.join(JOURNAL_FILE);
         let file = OpenOptions::new().append(true).create_new(true).open(&path);
         let file = file.map_err(|e| FormatError::io("create", &path, 0, e))?;
-        let mut journal = Journal { path, file, chain: [0; 32] };
-        journal.append(&header(plan))?;
+        let (marked, mark_bytes_max) = (Arc::default(), subject.mark_bytes_max);
+        let mut journal = Journal { path, file, chain: [0; 32], mark_bytes_max, marked };
+        journal.append_record(&subject.header(), HEADER_BYTES_MAX)?;
         Ok(journal)
     }
 
     /// Reads what is there, handing every mark to `apply`, which says whether it follows from those
     /// before it. Errors: I/O alone.
-    pub fn open(dir: &Path, plan: &Digest, mut apply: impl FnMut(&[u8]) -> bool) -> Result<Opened, FormatError> {
+    pub fn open(
+        dir: &Path,
+        subject: &Subject<'_>,
+        mut apply: impl FnMut(&[u8]) -> bool,
+    ) -> Result<Opened, FormatError> {
         let path = dir.join(JOURNAL_FILE);
         let failed = |action, e| FormatError::io(action, &path, 0, e);
         let file = match OpenOptions::new().read(true).append(true).open(&path) {
@@ -76,21 +122,21 @@ impl Journal {
         };
         let mut reader = BufReader::new(&file);
         let mut chain = [0; 32];
-        let mut next = |chain: &mut [u8; 32]| read_record(&mut reader, chain).map_err(|e| failed("read", e));
-        match next(&mut chain)? {
-            Some(first) if first == header(plan) => {}
-            Some(first) if first.starts_with(MAGIC) => return Ok(Opened::OtherPlan),
-            _ => return Ok(Opened::Damaged),
+        let mut next = |chain: &mut [u8; 32], max| read_record(&mut reader, chain, max).map_err(|e| failed("read", e));
+        let mut good = 0;
+        match next(&mut chain, HEADER_BYTES_MAX)? {
+            Some(first) if subject.is_of_plan(&first) => good += record_bytes(first.len()),
+            Some(first) => return Ok(subject.other(&first)),
+            None => return Ok(Opened::Damaged),
         }
-        let mut good = record_bytes(header(plan).len());
-        let mut marks = 0;
+        let mut marked = false;
         let mut last = chain;
-        while let Some(payload) = next(&mut chain)? {
+        while let Some(payload) = next(&mut chain, subject.mark_bytes_max)? {
             if !apply(&payload) {
                 return Ok(Opened::Damaged);
             }
             good += record_bytes(payload.len());
-            marks += 1;
+            marked = true;
             last = chain;
         }
         let cut = || -> io::Result<()> {
@@ -99,12 +145,24 @@ impl Journal {
             file.sync_all()
         };
         cut().map_err(|e| failed("cut", e))?;
-        Ok(Opened::Marks(Journal { path, file, chain: last }, marks))
+        let (marked, mark_bytes_max) = (Arc::new(AtomicBool::new(marked)), subject.mark_bytes_max);
+        Ok(Opened::Marks(Journal { path, file, chain: last, mark_bytes_max, marked }))
     }
 
-    /// Returns when the record is on the medium.
-    pub fn append(&mut self, payload: &[u8]) -> Result<(), FormatError> {
-        assert!(payload.len() <= PAYLOAD_BYTES_MAX, "a record of {} bytes", payload.len());
+    /// Whether there is a mark on the medium; stays true of what this says as marks are appended.
+    pub fn has_marks(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.marked)
+    }
+
+    /// Appends a mark; returns when it is on the medium.
+    pub fn append(&mut self, mark: &[u8]) -> Result<(), FormatError> {
+        self.append_record(mark, self.mark_bytes_max)?;
+        self.marked.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn append_record(&mut self, payload: &[u8], max: usize) -> Result<(), FormatError> {
+        assert!(payload.len() <= max, "a record of {} bytes, {max} at most", payload.len());
         let len = (payload.len() as u32).to_le_bytes();
         let chain = chained(&self.chain, &len, payload);
         let record = [&len, &chain[..CHECK_BYTES], payload].concat();
@@ -115,16 +173,6 @@ impl Journal {
     }
 }
 
-/// Whether `dir` has a journal with more than its first record.
-pub(crate) fn has_marks(dir: &Path) -> bool {
-    let first = record_bytes(header(&Digest([0; 32])).len());
-    std::fs::metadata(dir.join(JOURNAL_FILE)).is_ok_and(|meta| meta.len() > first)
-}
-
-fn header(plan: &Digest) -> Vec<u8> {
-    [&MAGIC[..], &VERSION.to_le_bytes(), plan.as_bytes()].concat()
-}
-
 fn record_bytes(payload: usize) -> u64 {
     (4 + CHECK_BYTES + payload) as u64
 }
@@ -133,15 +181,15 @@ fn chained(before: &[u8; 32], len: &[u8; 4], payload: &[u8]) -> [u8; 32] {
     *blake3::Hasher::new().update(before).update(len).update(payload).finalize().as_bytes()
 }
 
-/// The next payload, or nothing where the good records end.
-fn read_record(reader: &mut impl Read, chain: &mut [u8; 32]) -> io::Result<Option<Vec<u8>>> {
+/// The next payload, of at most `max` bytes, or nothing where the good records end.
+fn read_record(reader: &mut impl Read, chain: &mut [u8; 32], max: usize) -> io::Result<Option<Vec<u8>>> {
     let mut len = [0; 4];
     let mut check = [0; CHECK_BYTES];
     if !filled(reader, &mut len)? || !filled(reader, &mut check)? {
         return Ok(None);
     }
     let expected = u32::from_le_bytes(len) as usize;
-    if expected > PAYLOAD_BYTES_MAX {
+    if expected > max {
         return Ok(None);
     }
     let mut payload = Vec::new();
@@ -270,14 +318,24 @@ impl RankState {
     }
 }
 
+/// No mark of ranks with these layouts is longer, but for the packer's note.
+pub(crate) fn rank_bytes_max(layouts: &[impl AsRef<RankLayout>]) -> usize {
+    let blocks = |layout: &RankLayout| layout.sections().iter().map(|s| block_count(s.len) as usize).sum::<usize>();
+    layouts.iter().map(|layout| 24 + 32 * blocks(layout.as_ref()) + TreeHash::ENCODED_BYTES_MAX).sum()
+}
+
 /// Applies a mark to the states of all ranks; gives the packer's note. `None` when it does not follow
 /// from the marks before it; the states are then good for nothing.
-pub(crate) fn apply_mark(states: &mut [RankState], layouts: &[impl AsRef<RankLayout>], mark: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn apply_mark<'a>(
+    states: &mut [RankState],
+    layouts: &[impl AsRef<RankLayout>],
+    mark: &'a [u8],
+) -> Option<&'a [u8]> {
     let mut input = mark;
     for (state, layout) in states.iter_mut().zip(layouts) {
         state.apply(layout.as_ref(), &mut input)?;
     }
-    Some(input.to_vec())
+    Some(input)
 }
 
 fn take_u32(input: &mut &[u8]) -> Option<u32> {
@@ -297,13 +355,18 @@ mod tests {
     use super::*;
 
     const PLAN: Digest = Digest([7; 32]);
+    const SUBJECT: Subject<'_> = Subject { plan: &PLAN, words: "pack of a", mark_bytes_max: 100 };
+
+    fn first_bytes() -> usize {
+        record_bytes(SUBJECT.header().len()) as usize
+    }
 
     fn marks() -> Vec<Vec<u8>> {
         (0..5u8).map(|n| (0..20 + n).map(|i| i.wrapping_mul(37) ^ n).collect()).collect()
     }
 
     fn written(dir: &Path) -> Vec<u8> {
-        let mut journal = Journal::create(dir, &PLAN).expect("create");
+        let mut journal = Journal::create(dir, &SUBJECT).expect("create");
         marks().iter().for_each(|mark| journal.append(mark).expect("append"));
         std::fs::read(dir.join(JOURNAL_FILE)).expect("read")
     }
@@ -312,17 +375,17 @@ mod tests {
     fn read(dir: &Path, bytes: &[u8]) -> Option<(Journal, Vec<Vec<u8>>)> {
         std::fs::write(dir.join(JOURNAL_FILE), bytes).expect("write");
         let mut found = Vec::new();
-        let opened = Journal::open(dir, &PLAN, |mark| {
+        let opened = Journal::open(dir, &SUBJECT, |mark| {
             found.push(mark.to_vec());
             true
         });
         match opened.expect("no I/O error") {
-            Opened::Marks(journal, count) => {
-                assert_eq!(count, found.len());
+            Opened::Marks(journal) => {
+                assert_eq!(journal.has_marks().load(Ordering::Acquire), !found.is_empty());
                 Some((journal, found))
             }
-            Opened::Damaged | Opened::OtherPlan => None,
-            Opened::Missing => panic!("it was just written"),
+            Opened::Damaged => None,
+            _ => panic!("the check covers the first record, too"),
         }
     }
 
@@ -353,7 +416,7 @@ mod tests {
         for at in 0..whole.len() {
             let mut bytes = whole.clone();
             bytes[at] ^= 1 << (at % 8);
-            let mut end = record_bytes(header(&PLAN).len()) as usize;
+            let mut end = first_bytes();
             let all = marks();
             let before = all.iter().take_while(|mark| {
                 end += record_bytes(mark.len()) as usize;
@@ -361,7 +424,7 @@ mod tests {
             });
             let expected = before.count();
             match read(dir.path(), &bytes) {
-                None => assert!(at < record_bytes(header(&PLAN).len()) as usize, "byte {at}"),
+                None => assert!(at < first_bytes(), "byte {at}"),
                 Some((_, found)) => assert_eq!(found, marks()[..expected], "byte {at}"),
             }
         }
@@ -372,15 +435,45 @@ mod tests {
     fn records_do_not_change_places() {
         let dir = tempfile::tempdir().expect("tempdir");
         let whole = written(dir.path());
-        let first = record_bytes(header(&PLAN).len()) as usize;
+        let first = first_bytes();
         let (a, b) = (record_bytes(marks()[0].len()) as usize, record_bytes(marks()[1].len()) as usize);
         let (head, rest) = whole.split_at(first);
         let swapped = [head, &rest[a..a + b], &rest[..a], &rest[a + b..]].concat();
         assert!(read(dir.path(), &swapped).expect("of this plan").1.is_empty());
         let left_out = [head, &rest[a..]].concat();
         assert!(read(dir.path(), &left_out).expect("of this plan").1.is_empty());
-        std::fs::remove_file(dir.path().join(JOURNAL_FILE)).expect("remove");
-        Journal::create(dir.path(), &Digest([8; 32])).expect("create");
-        assert!(matches!(Journal::open(dir.path(), &PLAN, |_| true), Ok(Opened::OtherPlan)));
+    }
+
+    #[test]
+    fn another_journal_is_known_for_what_it_is() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let open = |subject: &Subject<'_>| Journal::open(dir.path(), subject, |_| true).expect("no I/O error");
+        Journal::create(dir.path(), &SUBJECT).expect("create");
+        assert!(matches!(open(&SUBJECT), Opened::Marks(_)));
+        let plan = Digest([8; 32]);
+        assert!(matches!(open(&Subject { plan: &plan, ..SUBJECT }), Opened::Changed));
+        let other = Subject { plan: &plan, words: "pack of b", ..SUBJECT };
+        assert!(matches!(open(&other), Opened::Other(words) if words == "pack of a"));
+        // The same plan in other words, as of a checkpoint that was moved.
+        assert!(matches!(open(&Subject { words: "pack of b", ..SUBJECT }), Opened::Marks(_)));
+        // Another version, with a check that is right.
+        let mut first = SUBJECT.header();
+        first[8] = 1;
+        let len = (first.len() as u32).to_le_bytes();
+        let chain = chained(&[0; 32], &len, &first);
+        let bytes = [&len, &chain[..CHECK_BYTES], &first].concat();
+        std::fs::write(dir.path().join(JOURNAL_FILE), bytes).expect("write");
+        assert!(matches!(open(&SUBJECT), Opened::OtherVersion));
+    }
+
+    /// Nothing is read into memory that no pack of this plan could have written.
+    #[test]
+    fn a_mark_longer_than_the_plan_allows_is_none() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let mut journal = Journal::create(dir.path(), &Subject { mark_bytes_max: 1 << 20, ..SUBJECT }).expect("create");
+        journal.append(&[1; 100]).expect("append");
+        journal.append(&[2; 101]).expect("append");
+        let bytes = std::fs::read(dir.path().join(JOURNAL_FILE)).expect("read");
+        assert_eq!(read(dir.path(), &bytes).expect("of this plan").1, [vec![1; 100]]);
     }
 }

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 
 use crate::error::FormatError;
 use crate::header::MANIFEST_FILE;
+use crate::journal::JOURNAL_FILE;
 
 /// The locked directory; what is in it is removed on drop unless it was published.
 pub struct Partial {
@@ -75,6 +76,15 @@ impl Partial {
     /// Somebody will go on with what is in it.
     pub(crate) fn keep_on_drop(&mut self) {
         self.owned = false;
+    }
+
+    /// Whether the path still leads to the locked directory: not once it has its final name.
+    pub(crate) fn is_here(&self) -> bool {
+        let same = |locked: fs::Metadata| {
+            fs::symlink_metadata(&self.path)
+                .is_ok_and(|there| (there.dev(), there.ino()) == (locked.dev(), locked.ino()))
+        };
+        self.dir.metadata().is_ok_and(same)
     }
 
     /// Returns when the directory and the names in it are on the medium.
@@ -195,13 +205,14 @@ pub(crate) fn foreign(dir: &Path, is_own: fn(&str) -> bool) -> Result<Option<Str
     Ok(None)
 }
 
-/// Removes the files of `dir` that are `is_own`; others stay. MANIFEST goes first: without it nobody
-/// takes what a crash in between leaves for something that can be gone on with.
+/// Removes the files of `dir` that are `is_own`; others stay. MANIFEST and JOURNAL go first: without
+/// them nobody takes what a crash in between leaves for something that can be gone on with.
 fn empty(dir: &Path, is_own: fn(&str) -> bool) -> Result<(), FormatError> {
     let failed = |path: &Path, e| FormatError::io("remove", path, 0, e);
-    if is_own(MANIFEST_FILE) {
-        remove_file(&dir.join(MANIFEST_FILE))?;
+    for name in [MANIFEST_FILE, JOURNAL_FILE].into_iter().filter(|name| is_own(name)) {
+        remove_file(&dir.join(name))?;
     }
+    sync_directory(dir)?;
     for entry in fs::read_dir(dir).map_err(|e| failed(dir, e))? {
         let entry = entry.map_err(|e| failed(dir, e))?;
         if entry.file_name().to_str().is_some_and(is_own) {
@@ -311,6 +322,27 @@ mod tests {
         drop(partial);
         assert_eq!((names(&out), names(&old)), (vec!["part1".into()], vec!["part0".into(), "thesis".into()]));
         assert_eq!(names(dir.path()), [".x.partial.old", "x"]);
+    }
+
+    /// A crash after the first removals must leave nothing that says it can be gone on with.
+    #[test]
+    fn what_could_be_gone_on_with_is_removed_first() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("x");
+        fs::create_dir(&path).expect("dir");
+        // Directories stop a removal; whatever the order of names, one of them comes before the last file.
+        for n in 0..20 {
+            fs::create_dir(path.join(format!("part{n}"))).expect("dir");
+        }
+        for name in [JOURNAL_FILE, MANIFEST_FILE] {
+            fs::write(path.join(name), name).expect("write");
+        }
+        for n in 20..40 {
+            fs::create_dir(path.join(format!("part{n}"))).expect("dir");
+        }
+        let own = |name: &str| name.starts_with("part") || name == JOURNAL_FILE || name == MANIFEST_FILE;
+        empty(&path, own).expect_err("a directory is no file");
+        assert!(!path.join(MANIFEST_FILE).exists() && !path.join(JOURNAL_FILE).exists());
     }
 
     #[test]

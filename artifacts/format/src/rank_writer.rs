@@ -91,7 +91,7 @@ impl RankWriter {
         for _ in 0..workers.max(1) {
             let (queue, results) = (Arc::clone(&queue), results.clone());
             let (layout, file) = (Arc::clone(&layout), file.clone());
-            let work = move || work(&queue, &results, &layout, file.as_deref());
+            let work = move || work(rank, &queue, &results, &layout, file.as_deref());
             let spawned = std::thread::Builder::new().name(format!("write rank {rank}")).spawn(work);
             handles.push(spawned.map_err(|source| FormatError::Thread { what: "a writing thread", source })?);
         }
@@ -359,7 +359,22 @@ impl Drop for RankWriter {
     }
 }
 
+/// Answers for a job whose worker panics: others live on, so the writer would wait for ever.
+struct Owed<'a> {
+    rank: u32,
+    results: &'a Sender<Result<Done, FormatError>>,
+}
+
+impl Drop for Owed<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.results.send(Err(FormatError::WriterFailed { rank: self.rank }));
+        }
+    }
+}
+
 fn work(
+    rank: u32,
     queue: &Mutex<Receiver<Job>>,
     results: &Sender<Result<Done, FormatError>>,
     layout: &RankLayout,
@@ -369,6 +384,7 @@ fn work(
         let Ok(job) = lock(queue).recv() else {
             return;
         };
+        let _owed = Owed { rank, results };
         let section = &layout.sections()[job.section];
         let bytes = &job.buf[..block_len(section.len, job.block)];
         let count = block_count(section.len);
@@ -388,4 +404,22 @@ fn work(
 fn hash_rest(mut before: TreeHash, bytes: &[u8], count: u64) -> [u8; 32] {
     before.update(&bytes[before.count() as usize..]);
     if count == 1 { before.root() } else { before.subtree() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{SectionPlan, TensorPlan};
+
+    #[test]
+    fn a_worker_that_panics_answers_while_another_lives() {
+        let tensor = TensorPlan { name: "w".into(), dtype: "u8".into(), shape: vec![5], bytes: 5 };
+        let layout = RankLayout::new(&[SectionPlan { name: "all".into(), tensors: vec![tensor] }]).expect("layout");
+        let state = RankState::new(&layout);
+        let mut writer = RankWriter::new(3, Arc::new(layout), None, 2, state).expect("writer");
+        let buf = AlignedBuf::new(BLOCK_BYTES as usize).expect("buffer");
+        // There is no such section.
+        writer.send(Job { buf, section: 9, block: 0, before: None, number: 0 }).expect("sent");
+        assert!(matches!(writer.collect(), Err(FormatError::WriterFailed { rank: 3 })));
+    }
 }

@@ -93,8 +93,8 @@ impl Receiving {
             if !force {
                 return Err(FormatError::Unfinished {
                     path: partial.path().to_path_buf(),
-                    expected: "receive",
-                    found: "pack",
+                    expected: "receive".into(),
+                    found: "pack".into(),
                     help: "let the same pack command finish it, or discard it with --force",
                 });
             }
@@ -413,20 +413,6 @@ fn require_same(out: &Path, manifest: &Manifest) -> Result<Artifact, FormatError
         expected: manifest.artifact_id,
         found: there.manifest().artifact_id.to_string(),
     })
-}
-
-/// Whether a directory holds an artifact with every superblock of the ranks that are in it: then no
-/// receive is left to go on with.
-pub(crate) fn is_whole(dir: &Path) -> bool {
-    let name = dir.join(MANIFEST_FILE);
-    let mut bytes = Vec::new();
-    let read = File::open(&name).and_then(|file| file.take(MANIFEST_BYTES_MAX + 1).read_to_end(&mut bytes));
-    let Some(manifest) = read.ok().and_then(|_| decode_copy(&bytes, &name).ok()) else { return false };
-    let path = |rank: u32| dir.join(rank_file_name(rank));
-    let mut present = manifest.ranks.iter().filter(|record| path(record.rank).exists()).peekable();
-    let any = present.peek().is_some();
-    any && check(&manifest, &name).is_ok()
-        && present.all(|record| open_rank_file(&path(record.rank), &manifest, record).is_ok())
 }
 
 /// Decoding wants an aligned copy of what has any address.

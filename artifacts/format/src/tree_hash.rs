@@ -23,6 +23,9 @@ pub struct TreeHash {
 }
 
 impl TreeHash {
+    /// No state is longer: as many subtrees as a number has bits.
+    pub const ENCODED_BYTES_MAX: usize = 8 + 64 * 32 + CHUNK_BYTES;
+
     pub fn new() -> TreeHash {
         TreeHash::default()
     }

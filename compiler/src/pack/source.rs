@@ -48,16 +48,80 @@ impl Place {
         }
     }
 
-    /// The stored tensors before it, and bytes of the one that is open.
-    fn before(&self, plan: &Plan) -> (Vec<StoredTensor>, u64) {
+    /// How many stored tensors are before it.
+    fn tensors_before(&self, plan: &Plan) -> u64 {
+        let rows = plan.rows.iter().take(self.row).map(|planned| planned.row.matrices() * planned.cuts.len() as u64);
+        let matrices = plan.rows.get(self.row).map_or(0, |planned| self.matrix * planned.cuts.len() as u64);
+        rows.sum::<u64>() + matrices + self.part as u64
+    }
+
+    /// Bytes before it of the stored tensor that is open.
+    fn open_bytes(&self, plan: &Plan) -> u64 {
+        let cut = plan.rows.get(self.row).and_then(|planned| planned.cuts.get(self.part));
+        cut.map_or(0, |cut| self.first * cut.row_bytes)
+    }
+
+    /// The stored tensors before it.
+    fn before(&self, plan: &Plan) -> Vec<StoredTensor> {
         let mut tensors = Vec::new();
-        for (row, planned) in plan.rows.iter().enumerate().take(self.row + 1) {
+        for (row, planned) in plan.rows.iter().enumerate().take(self.row.saturating_add(1)) {
             let matrices = if row == self.row { self.matrix } else { planned.row.matrices() };
             tensors.extend((0..matrices).flat_map(|matrix| planned.row.stored(matrix)));
         }
-        let Some(planned) = plan.rows.get(self.row) else { return (tensors, 0) };
-        tensors.extend(planned.row.stored(self.matrix).into_iter().take(self.part));
-        (tensors, self.first * planned.cuts[self.part].row_bytes)
+        let open = plan.rows.get(self.row).map(|planned| planned.row.stored(self.matrix));
+        tensors.extend(open.into_iter().flatten().take(self.part));
+        tensors
+    }
+}
+
+/// What the notes of an interrupted pack's marks say so far, held against the plan one by one.
+pub struct Notes<'a> {
+    plan: &'a Plan,
+    place: Place,
+    hashes: Vec<[u8; 32]>,
+    open: TreeHash,
+}
+
+impl<'a> Notes<'a> {
+    /// Nothing is packed yet.
+    pub fn new(plan: &'a Plan) -> Notes<'a> {
+        Notes { plan, place: Place::default(), hashes: Vec::new(), open: TreeHash::new() }
+    }
+
+    /// No note of this plan is longer.
+    pub fn bytes_max(plan: &Plan) -> usize {
+        let end = Place { row: plan.rows.len(), ..Place::default() };
+        40 + 32 * end.tensors_before(plan) as usize + TreeHash::ENCODED_BYTES_MAX
+    }
+
+    /// Takes the next note; false when it does not follow, and then all of them count for nothing.
+    pub fn take(&mut self, note: &[u8]) -> bool {
+        self.try_take(note).is_some()
+    }
+
+    fn try_take(&mut self, mut note: &[u8]) -> Option<()> {
+        let [row, matrix, part, first, count] = std::array::from_fn(|_| take_u64(&mut note));
+        self.place = Place { row: row? as usize, matrix: matrix?, part: part? as usize, first: first? };
+        if !self.place.is_of(self.plan) {
+            return None;
+        }
+        let new = self.place.tensors_before(self.plan).checked_sub(self.hashes.len() as u64);
+        if new != Some(count?) {
+            return None;
+        }
+        for _ in 0..count? {
+            let (hash, after) = note.split_first_chunk()?;
+            self.hashes.push(*hash);
+            note = after;
+        }
+        self.open = TreeHash::decode(&mut note)?;
+        (note.is_empty() && self.open.count() == self.place.open_bytes(self.plan)).then_some(())
+    }
+
+    /// The source where the last note stands.
+    pub fn source(self) -> Source {
+        let tensors: Vec<_> = self.place.before(self.plan).into_iter().zip(self.hashes).collect();
+        Source { place: self.place, noted: tensors.len(), tensors, open: self.open }
     }
 }
 
@@ -75,31 +139,6 @@ pub struct Source {
 }
 
 impl Source {
-    /// Goes on after the last of `notes`. `None` when they are not of this plan.
-    pub fn resume(plan: &Plan, notes: &[Vec<u8>]) -> Option<Source> {
-        let mut out = Source::default();
-        let mut hashes: Vec<[u8; 32]> = Vec::new();
-        for note in notes {
-            let mut rest = note.as_slice();
-            let [row, matrix, part, first, count] = std::array::from_fn(|_| take_u64(&mut rest));
-            out.place = Place { row: row? as usize, matrix: matrix?, part: part? as usize, first: first? };
-            for _ in 0..count? {
-                let (hash, after) = rest.split_first_chunk()?;
-                hashes.push(*hash);
-                rest = after;
-            }
-            out.open = TreeHash::decode(&mut rest).filter(|_| rest.is_empty())?;
-        }
-        if !out.place.is_of(plan) {
-            return None;
-        }
-        let (tensors, open_bytes) = out.place.before(plan);
-        out.noted = tensors.len();
-        let fits = hashes.len() == tensors.len() && out.open.count() == open_bytes;
-        out.tensors = tensors.into_iter().zip(hashes).collect();
-        fits.then_some(out)
-    }
-
     /// Tiles come in order; a tile that is a whole tensor brings its hash along.
     pub fn add(&mut self, plan: &Plan, ready: &Ready) {
         self.place = Place::after(plan, &ready.tile);

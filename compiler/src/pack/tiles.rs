@@ -79,12 +79,14 @@ pub struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Fits tile size and read-ahead into `memory` bytes. Errors: too little memory for any tiles.
+    /// Fits tile size and read-ahead into `memory` bytes. No tile gives more than `output_max` bytes to all
+    /// ranks together, but for a single row that does. Errors: too little memory for any tiles.
     pub fn new(
         checkpoint: &'a Checkpoint,
         plan: &'a Plan,
         jobs: Option<NonZeroUsize>,
         memory: u64,
+        output_max: u64,
     ) -> Result<Reader<'a>, CompileError> {
         let available = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let jobs = jobs.unwrap_or_else(available).get();
@@ -101,7 +103,9 @@ impl<'a> Reader<'a> {
                 help: "allow more memory, or use fewer --jobs",
             });
         }
-        Ok(Reader { checkpoint, plan, jobs, window, tile_bytes: tile_bytes.min(TILE_BYTES_MAX) })
+        // Every rank may get all of it.
+        let tile_bytes = tile_bytes.min(TILE_BYTES_MAX).min(output_max / u64::from(plan.tp));
+        Ok(Reader { checkpoint, plan, jobs, window, tile_bytes })
     }
 
     /// Calls `consume` with every tile from a place on, in order, on this thread.

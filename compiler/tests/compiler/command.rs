@@ -180,6 +180,15 @@ fn output_that_leads_nowhere() {
     // An error nobody can see keeps its code.
     assert_eq!(run(&["verify", "nowhere"], Stdio::piped(), full().into()).0, Some(3));
     assert_eq!(run(&["pack"], Stdio::piped(), full().into()).0, Some(2));
+    // Nor does a line that nobody can see end what succeeds: a receiver says where it waits.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dsv4c"));
+    command.args(["receive", "--listen", "127.0.0.1:0", "-o", "x.dsv4"]).current_dir(temp.path());
+    let mut receiver = command.stdout(Stdio::null()).stderr(full()).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let ended = receiver.try_wait().unwrap();
+    receiver.kill().unwrap();
+    receiver.wait().unwrap();
+    assert_eq!(ended, None);
 }
 
 #[test]

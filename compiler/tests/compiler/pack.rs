@@ -6,6 +6,8 @@ use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use dsv4_format::{Artifact, FormatError, NoProgress, Outcome, Progress};
@@ -346,8 +348,7 @@ impl EndsAtMark {
     fn new(out: &Path) -> EndsAtMark {
         let name = out.file_name().unwrap().to_str().unwrap();
         let journal = out.with_file_name(format!(".{name}.partial/JOURNAL"));
-        // Without marks it has its first record.
-        let before = len(&journal).max(80);
+        let before = len(&journal);
         EndsAtMark { journal, before }
     }
 }
@@ -356,11 +357,18 @@ fn len(file: &Path) -> u64 {
     fs::metadata(file).map_or(0, |meta| meta.len())
 }
 
+/// Length of the record that is there before any mark: a number, a check, and what the number counts.
+fn first_record(journal: &Path) -> u64 {
+    let mut bytes = [0; 4];
+    let read = fs::File::open(journal).and_then(|file| file.read_exact_at(&mut bytes, 0));
+    read.map_or(u64::MAX, |()| 20 + u64::from(u32::from_le_bytes(bytes)))
+}
+
 impl Progress for EndsAtMark {
     fn start(&self, _what: &str, _total_bytes: u64) {}
 
     fn add(&self, _bytes: u64) {
-        if len(&self.journal) > self.before {
+        if len(&self.journal) > self.before.max(first_record(&self.journal)) {
             resume_unwind(Box::new("killed"));
         }
     }
@@ -430,7 +438,7 @@ fn interrupted_after_every_mark_with_other_threads_and_memory_it_is_the_same_art
 }
 
 #[test]
-fn another_plan_starts_over_and_says_so() {
+fn a_changed_checkpoint_starts_over_and_says_so() {
     let temp = tempfile::tempdir().unwrap();
     let checkpoint = copy(NANO, &temp.path().join("nano"));
     let out = temp.path().join("x.dsv4");
@@ -440,20 +448,23 @@ fn another_plan_starts_over_and_says_so() {
         let later = SystemTime::now() + Duration::from_nanos(1);
         fs::File::options().write(true).open(&shard).unwrap().set_modified(later).unwrap();
     };
+    // As `cp -p`: same length, same time, another file.
+    let copied = || {
+        let other = checkpoint.join("other");
+        fs::copy(&shard, &other).unwrap();
+        let time = fs::metadata(&shard).unwrap().modified().unwrap();
+        fs::File::options().write(true).open(&other).unwrap().set_modified(time).unwrap();
+        fs::rename(&other, &shard).unwrap();
+    };
     let expected = packed(NANO, 2, &temp.path().join("whole.dsv4"));
-    for (change, other, first) in [
-        ("a shard", usual.clone(), "starts over"),
-        ("tp", PackOptions { tp: 1, ..usual.clone() }, "starts over"),
-        ("rank", PackOptions { rank: Some(0), ..usual.clone() }, "starts over"),
-        ("nothing", usual.clone(), "goes on"),
-    ] {
+    for (change, first) in
+        [(&touched as &dyn Fn(), "starts over"), (&copied as &dyn Fn(), "starts over"), (&|| (), "goes on")]
+    {
         assert!(until_next_mark(&usual).0.is_none());
-        if change == "a shard" {
-            touched();
-        }
-        let (_, told) = until_next_mark(&other);
-        assert!(told.len() == 1 && told[0].starts_with(first), "{change}: {told:?}");
-        assert!(first != "starts over" || told[0].contains("another checkpoint or of other options"), "{told:?}");
+        change();
+        let (_, told) = until_next_mark(&usual);
+        assert!(told.len() == 1 && told[0].starts_with(first), "{told:?}");
+        assert!(first != "starts over" || told[0].contains("the checkpoint's files, its config or this"), "{told:?}");
         let fresh = PackOptions { fresh: true, ..usual.clone() };
         let (report, told) = until_next_mark(&fresh);
         assert!(report.is_none() && told.is_empty(), "{told:?}");
@@ -463,6 +474,134 @@ fn another_plan_starts_over_and_says_so() {
         fs::remove_dir_all(&out).unwrap();
     }
     assert_eq!(names(temp.path()), ["nano", "whole.dsv4"]);
+}
+
+#[test]
+fn a_pack_of_something_else_does_not_discard_one_that_was_interrupted() {
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("x.dsv4");
+    let usual = PackOptions { journal_every: 1 << 20, ..options(NANO, 2, &out) };
+    assert!(until_next_mark(&usual).0.is_none());
+    for (other, words) in [
+        (PackOptions { tp: 1, ..usual.clone() }, "nano with --tp 1 left"),
+        (PackOptions { rank: Some(1), ..usual.clone() }, "nano with --tp 2 --rank 1 left"),
+        (PackOptions { checkpoint: TINY.into(), ..usual.clone() }, "tiny with --tp 2 left"),
+        (PackOptions { checkpoint: TINY.into(), force: true, ..usual.clone() }, "tiny with --tp 2 left"),
+    ] {
+        let error = pack(&other, &NoProgress).unwrap_err();
+        assert!(matches!(error, CompileError::Format(FormatError::Unfinished { .. })), "{error}");
+        let text = error.to_string();
+        assert!(
+            text.contains(words) && text.contains("nano with --tp 2 left\n  help:") && error.exit_code() == 3,
+            "{text}"
+        );
+    }
+    let (report, told) = until_next_mark(&usual);
+    assert!(told[0].starts_with("goes on with") && report.is_none(), "{told:?}");
+    let other = pack(&PackOptions { checkpoint: TINY.into(), fresh: true, ..usual }, &NoProgress).unwrap();
+    assert_eq!(other.resumed_bytes, 0);
+    assert_eq!(names(temp.path()), ["x.dsv4"]);
+}
+
+/// Without reading back, what an interrupted pack wrote is read back all the same.
+#[test]
+fn what_was_damaged_between_two_attempts_gets_no_name() {
+    let temp = tempfile::tempdir().unwrap();
+    let checkpoint = wide(temp.path());
+    let out = temp.path().join("x.dsv4");
+    // Tiles of about 1 MiB.
+    let (jobs, memory) = (NonZeroUsize::new(1), 49 << 20);
+    let small = PackOptions { jobs, memory, journal_every: 1 << 20, ..options(&checkpoint, 1, &out) };
+    let unread = PackOptions { read_back: false, ..small };
+    let file = temp.path().join(".x.dsv4.partial/rank0.weights");
+    let interrupted = || {
+        // A block is 4 MiB: eight marks cover at least one.
+        for _ in 0..8 {
+            assert!(until_next_mark(&unread).0.is_none());
+        }
+    };
+    interrupted();
+    let rank = fs::File::options().read(true).write(true).open(&file).unwrap();
+    let mut byte = [0];
+    rank.read_exact_at(&mut byte, (2 << 20) + 7).unwrap();
+    rank.write_all_at(&[byte[0] ^ 1], (2 << 20) + 7).unwrap();
+    let error = pack(&unread, &NoProgress).unwrap_err();
+    assert!(matches!(error, CompileError::Format(FormatError::ReadBack { block: 0, .. })), "{error}");
+    assert_eq!(names(temp.path()), ["config.json", "wide"]);
+    interrupted();
+    let report = pack(&unread, &NoProgress).unwrap();
+    assert!(report.resumed_bytes > 0 && report.read_back_seconds.is_some());
+    Artifact::open(&out).unwrap().verify(&NoProgress).unwrap();
+}
+
+/// The largest step of progress while packing.
+#[derive(Default)]
+struct Steps(AtomicU64);
+
+impl Progress for Steps {
+    fn start(&self, what: &str, _total_bytes: u64) {
+        if what == "read back" {
+            resume_unwind(Box::new("it is packed"));
+        }
+    }
+
+    fn add(&self, bytes: u64) {
+        self.0.fetch_max(bytes, Ordering::Relaxed);
+    }
+
+    fn finish(&self) {}
+}
+
+#[test]
+fn marks_can_be_as_near_as_asked_for() {
+    let temp = tempfile::tempdir().unwrap();
+    let checkpoint = wide(temp.path());
+    for (journal_every, most) in [(1 << 20, 512 << 10), (4 << 20, 2 << 20)] {
+        let options =
+            PackOptions { journal_every, fresh: true, ..options(&checkpoint, 2, &temp.path().join("x.dsv4")) };
+        let steps = Steps::default();
+        catch_unwind(AssertUnwindSafe(|| pack(&options, &steps))).unwrap_err();
+        let largest = steps.0.load(Ordering::Relaxed);
+        assert!(most / 2 < largest && largest <= most, "{largest} bytes at once, {most} wanted");
+    }
+}
+
+/// What is in the partial artifact whenever packing begins.
+struct Looking {
+    partial: PathBuf,
+    seen: Mutex<Vec<Vec<String>>>,
+}
+
+impl Progress for Looking {
+    fn start(&self, what: &str, _total_bytes: u64) {
+        if what == "pack" {
+            self.seen.lock().unwrap().push(names(&self.partial));
+        }
+    }
+
+    fn add(&self, _bytes: u64) {}
+
+    fn finish(&self) {}
+}
+
+#[test]
+fn onto_the_same_artifact_no_weights_are_written() {
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("x.dsv4");
+    packed(NANO, 2, &out);
+    let again = |rank| {
+        let seen = Mutex::new(Vec::new());
+        let looking = Looking { partial: temp.path().join(".x.dsv4.partial"), seen };
+        let report = pack(&PackOptions { rank, ..options(NANO, 2, &out) }, &looking).unwrap();
+        (report.outcome, looking.seen.into_inner().unwrap())
+    };
+    let only = |names: &[&str]| vec![names.iter().map(|name| name.to_string()).collect::<Vec<_>>()];
+    assert_eq!(again(None), (Outcome::AlreadyThere, only(&["JOURNAL"])));
+    fs::remove_file(out.join("rank0.weights")).unwrap();
+    assert_eq!(again(Some(1)), (Outcome::AlreadyThere, only(&["JOURNAL"])));
+    assert_eq!(again(None), (Outcome::RankAdded, only(&["JOURNAL", "rank0.weights"])));
+    Artifact::open(&out).unwrap().verify(&NoProgress).unwrap();
+    assert_eq!(names(temp.path()), ["x.dsv4"]);
 }
 
 #[test]
