@@ -124,7 +124,10 @@ impl CompileError {
 
 fn format_exit_code(error: &FormatError) -> u8 {
     match error {
-        FormatError::Memory { .. } | FormatError::LowMemory { .. } | FormatError::Thread { .. } => 4,
+        FormatError::Memory { .. }
+        | FormatError::LowMemory { .. }
+        | FormatError::Thread { .. }
+        | FormatError::Uring { .. } => 4,
         _ => 3,
     }
 }

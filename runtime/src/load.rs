@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dsv4_format::io::cache_note;
-use dsv4_format::{Arena, Artifact, Figure, Floor, FormatError, LoadOptions, LoadReport, Progress, Section};
+use dsv4_format::{Arena, Artifact, Floor, FormatError, LoadOptions, LoadReport, Look, NoProgress, Progress, Section};
 use dsv4_kernels::collective::Collective;
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::reference::Reference;
@@ -21,11 +21,11 @@ use crate::cli::LoadArgs;
 use crate::error::RunError;
 use crate::preflight::disk::{self, DiskProbe};
 use crate::preflight::host::Host;
-use crate::preflight::memory::{Asked, Target};
+use crate::preflight::memory::{Asked, Supply, Target};
 use crate::preflight::{admit, report};
 use crate::progress::Bar;
 use crate::stall;
-use crate::terminal::{print_now, tell};
+use crate::terminal::print_now;
 
 /// Memory that loading leaves to others on the CPU, if there are no wishes, and at most this part of the machine.
 const FLOOR_BYTES: u64 = 512 << 20;
@@ -43,8 +43,13 @@ pub struct Opened {
 
 /// Opens an artifact and checks that it was made for this program's description of the model.
 ///
-/// Reads no weights. Errors: the files, another contract, a tensor missing, extra or of another size.
+/// Reads no weights; ends the process when the disk stops answering. Errors: the files, another contract, a
+/// tensor missing, extra or of another size.
 pub fn open(path: &Path) -> Result<Opened, RunError> {
+    stall::guard(path, &NoProgress, |_| examine(path))
+}
+
+fn examine(path: &Path) -> Result<Opened, RunError> {
     let artifact = Artifact::open(path)?;
     let manifest = artifact.manifest();
     let ours = [contract::weight_contract(), contract::op_contract()];
@@ -114,7 +119,17 @@ pub fn floor(asked: Option<u64>, reserve: Option<u64>, host: &Host) -> Option<Fl
         let total = host.memory.as_ref().map_or(0, |memory| memory.total);
         FLOOR_BYTES.min(total / FLOOR_PART).min(reserve.unwrap_or(u64::MAX))
     });
-    (bytes > 0).then(|| Floor::new(bytes, Figure::Available))
+    (bytes > 0).then(|| Floor::new(bytes, &memory_here))
+}
+
+fn memory_here() -> Look {
+    memory_under(Path::new("/"))
+}
+
+/// What the memory plan counts as there, now; so the cgroup's limit is seen as the plan sees it.
+fn memory_under(root: &Path) -> Look {
+    let supply = Supply::of(&Host::for_memory(root), Target::Cpu)?;
+    Some((supply.basis, supply.usable))
 }
 
 /// What a user is told after loading, lines of text.
@@ -128,9 +143,13 @@ pub fn summary(rank: u32, r: &LoadReport) -> String {
     if r.paused_seconds > 0.0 {
         text += &format!("warning: reading waited {:.1} s for memory\n", r.paused_seconds);
     }
-    if let (false, Some(cached)) = (r.is_cache_bounded(), r.cached_bytes_after) {
-        let cached = report::size(cached);
-        text += &format!("warning: {cached} of the rank's file are in the page cache: another program reads it\n");
+    match (r.is_cache_bounded(), r.cached_bytes_after) {
+        (Some(false), Some(cached)) => {
+            let cached = report::size(cached);
+            text += &format!("warning: {cached} of the rank's file are in the page cache: another program reads it\n");
+        }
+        (None, _) => text += "note: how much of the rank's file is in the page cache this system does not tell\n",
+        _ => {}
     }
     text += &cache_note().map_or(String::new(), |note| format!("note: {note}\n"));
     text
@@ -164,15 +183,7 @@ pub fn load_watched(
     options: &LoadOptions<'_>,
     progress: &dyn Progress,
 ) -> Result<(Arena, LoadReport), FormatError> {
-    let file = artifact.path().join(format!("rank{rank}.weights"));
-    let stalled = || {
-        let (file, seconds) = (file.display(), stall::LIMIT.as_secs());
-        tell(&format!(
-            "error: {file}: no block has arrived for {seconds} s, expected some\n  help: the disk does not answer: see dmesg, and its health with nvme smart-log or smartctl\n"
-        ));
-        std::process::exit(3);
-    };
-    stall::watch(stall::LIMIT, progress, stalled, |progress| artifact.load(rank, options, progress))
+    stall::guard(&artifact.rank_path(rank), progress, |progress| artifact.load(rank, options, progress))
 }
 
 /// `load`: one rank into memory and out of it again. Errors: those of a start.
@@ -198,8 +209,8 @@ pub fn run_load(artifact: &Path, args: &LoadArgs) -> Result<(), RunError> {
         floor: floor(args.floor, args.reserve, &host),
     };
     // A rank that is not here is told as what it is, before its disk is measured.
-    opened.artifact.rank_reader(args.rank)?;
-    let disk = disk::probe(&artifact.join(format!("rank{}.weights", args.rank)), PROBE_WITHIN)?;
+    opened.require_rank(args.rank)?;
+    let disk = disk::probe(&opened.artifact.rank_path(args.rank), PROBE_WITHIN)?;
     let (_arena, report) = load_watched(&opened.artifact, args.rank, &options, &Bar::new(args.quiet))?;
     let mut text = summary(args.rank, &report);
     if args.json {
@@ -212,6 +223,12 @@ pub fn run_load(artifact: &Path, args: &LoadArgs) -> Result<(), RunError> {
 }
 
 impl Opened {
+    /// Whether a rank's file is here, whole and of this artifact; reads no weights, and ends the process when
+    /// the disk stops answering. Errors: what is wrong with it.
+    pub fn require_rank(&self, rank: u32) -> Result<(), FormatError> {
+        stall::guard(&self.artifact.rank_path(rank), &NoProgress, |_| self.artifact.rank_reader(rank).map(|_| ()))
+    }
+
     /// The CPU backend of a rank over its loaded weights.
     pub fn backend(
         &self,
@@ -228,5 +245,29 @@ impl Opened {
         let weights = Weights::new(&self.config, tp, Arc::new(ArenaBytes(arena)), place)?;
         let Opened { config, .. } = self;
         Ok(Reference::new(config.clone(), tp, options.numerics, weights, collective, options.slots, options.rows_max))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_what_the_tightest_limit_leaves() {
+        let temp = std::env::temp_dir().join(format!("dsv4-floor-{}", std::process::id()));
+        let write = |file: &str, text: &str| {
+            let path = temp.join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        write("proc/meminfo", "MemTotal: 1000000 kB\nMemFree: 300 kB\nMemAvailable: 800 kB\n");
+        assert_eq!(memory_under(&temp), Some(("MemAvailable", 800 << 10)));
+        write("proc/self/cgroup", "0::/a\n");
+        write("sys/fs/cgroup/a/memory.max", "500000\n");
+        write("sys/fs/cgroup/a/memory.current", "450000\n");
+        let (figure, bytes) = memory_under(&temp).unwrap();
+        assert!(figure.contains("cgroup") && bytes == 50_000, "{figure} {bytes}");
+        std::fs::remove_dir_all(&temp).unwrap();
+        assert_eq!(memory_under(&temp), None);
     }
 }

@@ -87,7 +87,7 @@ pub fn start(opened: Opened, settings: &Settings, progress: &dyn Progress) -> Re
         Places::Local => {
             // A file that is missing or cut is known now, and told as what it is.
             for rank in 0..tp {
-                opened.artifact.rank_reader(rank)?;
+                opened.require_rank(rank)?;
             }
             let exe = std::env::current_exe().map_err(|source| RunError::Io {
                 action: "finding",
@@ -108,7 +108,7 @@ pub fn start(opened: Opened, settings: &Settings, progress: &dyn Progress) -> Re
         Places::Peers { rank, peers, within } => {
             check_peers(*rank, peers, tp)?;
             // This rank's own file, before others wait for it.
-            opened.artifact.rank_reader(*rank)?;
+            opened.require_rank(*rank)?;
             // The same for everybody: the link between machines is private, and what must be equal is a fact,
             // so that a difference is told with both values.
             let token = Token::new([0; 32]);

@@ -1,16 +1,26 @@
 //! A disk that stops answering. No thread comes back from such a read, so no error can return either: the
 //! process says what it waits for and ends, and the other ranks with it.
+//!
+//! Silence is counted in ticks in which this process ran: one that was stopped, or frozen with its container,
+//! has waited for nothing.
 
+use std::mem;
+use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use dsv4_format::Progress;
 
-/// How long no block may arrive. A pause for memory is much shorter.
-pub const LIMIT: Duration = Duration::from_secs(30);
+use crate::terminal::tell;
 
+/// How long the disk may give nothing.
+const LIMIT: Duration = Duration::from_secs(30);
+/// Ticks of the limit.
+const TICKS: u32 = 30;
+
+#[derive(Default)]
 struct State {
-    last: Instant,
+    heard: bool,
     ended: bool,
 }
 
@@ -32,7 +42,7 @@ impl Progress for Watched<'_> {
     }
 
     fn add(&self, bytes: u64) {
-        self.state().last = Instant::now();
+        self.state().heard = true;
         self.inner.add(bytes);
     }
 
@@ -41,34 +51,61 @@ impl Progress for Watched<'_> {
     }
 }
 
-/// Runs `work`, which reports to `progress`; calls `stalled` as soon as nothing was reported for `limit`.
-pub fn watch<T>(
+/// Ends the watch with the work, also with one that panics.
+struct End<'w, 'a>(&'w Watched<'a>);
+
+impl Drop for End<'_, '_> {
+    fn drop(&mut self) {
+        self.0.state().ended = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// Runs `work`, which waits for the disk of `file` and reports to `progress`; when nothing is reported for 30 s
+/// the process says so and ends with exit code 3.
+pub fn guard<T>(file: &Path, progress: &dyn Progress, work: impl FnOnce(&dyn Progress) -> T) -> T {
+    let stalled = || {
+        let (file, seconds) = (file.display(), LIMIT.as_secs());
+        tell(&format!(
+            "error: {file}: nothing was read for {seconds} s, expected some of it\n  help: the disk does not answer: see dmesg, and its health with nvme smart-log or smartctl\n"
+        ));
+        std::process::exit(3);
+    };
+    watch(LIMIT, progress, stalled, work)
+}
+
+fn watch<T>(
     limit: Duration,
     progress: &dyn Progress,
     stalled: impl FnOnce() + Send,
     work: impl FnOnce(&dyn Progress) -> T,
 ) -> T {
-    let state = Mutex::new(State { last: Instant::now(), ended: false });
-    let watched = Watched { inner: progress, state, changed: Condvar::new() };
+    let watched = Watched { inner: progress, state: Mutex::default(), changed: Condvar::new() };
     std::thread::scope(|scope| {
         let look = || {
-            let mut state = watched.state();
-            while !state.ended {
-                let Some(left) = limit.checked_sub(state.last.elapsed()) else {
-                    drop(state);
-                    return stalled();
-                };
-                let (next, _) = watched.changed.wait_timeout(state, left).unwrap_or_else(|p| p.into_inner());
-                state = next;
+            let (tick, mut silent) = (limit / TICKS, 0);
+            while silent < TICKS {
+                let began = Instant::now();
+                let waited = watched.changed.wait_timeout_while(watched.state(), tick, |state| !state.ended);
+                let mut state = waited.unwrap_or_else(|p| p.into_inner()).0;
+                if state.ended {
+                    return;
+                }
+                silent = silence(silent, mem::take(&mut state.heard), began.elapsed() > 2 * tick);
             }
+            stalled();
         };
         // Without a thread for it the work is not watched, which is no reason to refuse it.
         let _watching = std::thread::Builder::new().name("stall".into()).spawn_scoped(scope, look);
-        let result = work(&watched);
-        watched.state().ended = true;
-        watched.changed.notify_all();
-        result
+        let _end = End(&watched);
+        work(&watched)
     })
+}
+
+/// Ticks of silence after one more, in which something was `heard`, or which came so `late` that nobody was
+/// there to hear.
+fn silence(ticks: u32, heard: bool, late: bool) -> u32 {
+    if heard || late { 0 } else { ticks + 1 }
 }
 
 #[cfg(test)]
@@ -79,27 +116,36 @@ mod tests {
 
     use super::*;
 
-    fn stalls(steps: u32, pause: Duration) -> bool {
-        let stalled = AtomicBool::new(false);
-        let limit = Duration::from_millis(200);
-        watch(
-            limit,
-            &NoProgress,
-            || stalled.store(true, Ordering::Relaxed),
-            |progress| {
-                for _ in 0..steps {
-                    std::thread::sleep(pause);
-                    progress.add(1);
-                }
-            },
-        );
-        stalled.into_inner()
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn silence_is_a_stall() {
+        let (stalled, started) = (AtomicBool::new(false), Instant::now());
+        let work = |_: &dyn Progress| {
+            while !stalled.load(Ordering::Relaxed) && started.elapsed() < Duration::from_secs(50) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        };
+        watch(Duration::from_millis(300), &NoProgress, || stalled.store(true, Ordering::Relaxed), work);
+        assert!(stalled.into_inner() && started.elapsed() >= Duration::from_millis(300));
     }
 
     #[test]
-    fn only_silence_is_a_stall() {
-        assert!(!stalls(0, Duration::ZERO));
-        assert!(!stalls(30, Duration::from_millis(20)), "longer than the limit in all, never silent for so long");
-        assert!(stalls(1, Duration::from_millis(600)));
+    fn only_ticks_in_which_this_process_ran_are_silent() {
+        let after = |ticks: &[(bool, bool)]| ticks.iter().fold(0, |n, (heard, late)| silence(n, *heard, *late));
+        let (silent, heard, stopped) = ((false, false), (true, false), (false, true));
+        assert_eq!(after(&[silent; 30]), 30);
+        assert_eq!(after(&[silent, silent, heard, silent]), 1);
+        assert_eq!(after(&[&[silent; 29][..], &[stopped]].concat()), 0);
+    }
+
+    #[test]
+    fn work_that_ends_ends_the_watch() {
+        let started = Instant::now();
+        let stalled = || panic!("not within an hour");
+        assert_eq!(watch(HOUR, &NoProgress, stalled, |_| 7), 7);
+        let panics = || watch(HOUR, &NoProgress, stalled, |_| panic!("expected by this test"));
+        assert!(std::panic::catch_unwind(panics).is_err());
+        assert!(started.elapsed() < HOUR / TICKS);
     }
 }

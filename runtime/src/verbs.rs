@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
+use dsv4_format::NoProgress;
 use dsv4_kernels::ops::Mat;
 use dsv4_model::Draft;
 use serde_json::{Value, json};
@@ -20,6 +21,7 @@ use crate::preflight::command::{admit_start, run_check, run_doctor};
 use crate::progress::Bar;
 use crate::sample::Sampling;
 use crate::session::{Places, Session, Settings, Started, read_input, start};
+use crate::stall;
 use crate::step::Command;
 use crate::tensor_file::TensorFile;
 use crate::terminal::{Printer, print_now, tell};
@@ -135,7 +137,7 @@ fn with_session<T>(
 
 fn tokenizer(opened: &Opened, verb: &'static str) -> Result<Arc<Tokenizer>, RunError> {
     let artifact = opened.artifact.path().to_owned();
-    let json = opened.artifact.meta("tokenizer.json")?;
+    let json = stall::guard(&artifact, &NoProgress, |_| opened.artifact.meta("tokenizer.json"))?;
     let json = json.ok_or(RunError::NoTokenizer { artifact, verb })?;
     let tokenizer = Tokenizer::from_bytes(&json)?;
     let config = &opened.config;

@@ -73,8 +73,22 @@ impl Output {
 
 /// Starts a program without input.
 pub fn start<A: AsRef<OsStr>>(name: &str, args: impl IntoIterator<Item = A>) -> Running {
+    start_with(name, args, &[])
+}
+
+/// The same, with variables in its environment.
+pub fn start_with<A: AsRef<OsStr>>(
+    name: &str,
+    args: impl IntoIterator<Item = A>,
+    variables: &[(&str, &str)],
+) -> Running {
     let mut command = Command::new(path(name));
-    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(args)
+        .envs(variables.iter().copied())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let started = Instant::now();
     let mut child = command.spawn().unwrap_or_else(|e| panic!("{name}: {e}"));
     let out = Output::of(child.stdout.take().expect("piped"));

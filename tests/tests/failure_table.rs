@@ -16,10 +16,10 @@
 //! | SIGKILL in pack | [`a_pack_that_is_killed`]; in push and receive: `compiler/tests/compiler/push.rs`. Power loss: not here, needs a disk that forgets |
 //! | SIGKILL in load, and what stays | `cycles.rs` |
 //! | EIO from the medium | [`a_medium_with_a_bad_place`], [`a_shard_on_a_medium_with_a_bad_place`] |
-//! | a read that never returns | not here: needs a medium that stalls, which device mapper (not in every kernel) or a FUSE file system could be |
-//! | O_DIRECT refused | [`a_file_system_without_direct_io`] |
+//! | a read that never returns | [`a_read_that_never_returns`] |
+//! | O_DIRECT refused | [`a_file_system_without_direct_io`]; taken, and the page cache used all the same: [`a_file_system_that_caches_what_is_direct`] |
 //! | low memory before load | `preflight.rs` |
-//! | low memory during load | not here: it would take the memory of everything else on this machine |
+//! | low memory during load | `loading.rs`, by floors no machine reaches and in a memory cgroup |
 //! | device memory fragmented, `ibv_reg_mr` refused, MTU or GID wrong | not here: needs a GPU, an RDMA network. Judged on recorded machines, as above |
 //! | peer dead in load | [`a_peer_that_ends_while_weights_are_loaded`] |
 //! | peer dead at work | `faults.rs`, `runtime/src/ranks/tests` |
@@ -31,16 +31,17 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use dsv4_format::io::ReadMode;
+use dsv4_format::io::{DirectFile, ReadMode};
 use dsv4_format::{
     Artifact, CommitInput, Digest, Draft, DraftOptions, KernelInput, RankLayout, SectionPlan, SourceId, TensorPlan,
 };
 use dsv4_run::ranks::{Deadlines, Token, connect};
 use dsv4_tests::artifacts::{Packed, Unwatched};
-use dsv4_tests::binaries::{DSV4_RUN, DSV4C, Ran, kill, run, start};
+use dsv4_tests::binaries::{DSV4_RUN, DSV4C, Ran, kill, run, start, start_with};
 use dsv4_tests::group::addresses;
 use dsv4_tests::{DATA, skip};
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::process::{Pid, Signal, kill_process};
 
 const INPUT: i32 = 3;
 const PEER: i32 = 5;
@@ -423,6 +424,94 @@ fn a_file_system_without_direct_io() {
     let report = run(DSV4_RUN, [text(&out), "check", "--json"]);
     let report: serde_json::Value = serde_json::from_str(report.ok()).unwrap();
     assert_eq!(report["disk"]["direct"], false, "{report}");
+}
+
+/// ext4 with data=journal takes O_DIRECT at open, and reads and writes through the page cache.
+#[test]
+fn a_file_system_that_caches_what_is_direct() {
+    let temp = tempfile::tempdir().unwrap();
+    let image = temp.path().join("image");
+    fs::File::create(&image).and_then(|file| file.set_len(256 * MIB)).unwrap();
+    let made = Command::new("mkfs.ext4").arg("-q").arg(&image).output().is_ok_and(|out| out.status.success());
+    let at = temp.path().join("disk");
+    let mount = || Mounted::new(&["-o", "loop,data=journal", text(&image)], &at);
+    let Some(disk) = made.then(mount).flatten() else {
+        return skip("a file system that caches what is direct: needs mkfs.ext4, loop devices and the right to mount");
+    };
+    let (checkpoint, out) = (disk.0.join("checkpoint"), disk.0.join("out.dsv4"));
+    fs::create_dir(&checkpoint).unwrap();
+    let nano = Path::new(DATA).join("nano");
+    for (name, _) in listing(&nano).into_iter().filter(|(n, _)| n != "conversations.json") {
+        fs::copy(nano.join(&name), checkpoint.join(&name)).unwrap();
+    }
+    rustix::fs::sync();
+    let cached = |file: PathBuf| DirectFile::open(&file).unwrap().cached_bytes();
+    let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+    shards.iter().for_each(|name| DirectFile::open(&checkpoint.join(name)).unwrap().evict());
+    run(DSV4C, ["pack", text(&checkpoint), "--tp", "2", "--no-verify", "-o", text(&out)]).ok();
+    let weights = ["rank0.weights", "rank1.weights"];
+    let files = shards.map(|name| checkpoint.join(name)).into_iter().chain(weights.map(|name| out.join(name)));
+    for file in files {
+        match cached(file.clone()) {
+            Some(bytes) => assert!(bytes <= 2 * MIB, "{}: {bytes} bytes are cached", file.display()),
+            None => skip("residency: this kernel does not tell"),
+        }
+    }
+    accepted(&out);
+}
+
+/// Stands between a program and its C library: reads of HANG_FILE from HANG_FROM on never return.
+const HANG: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+ssize_t pread64(int fd, void *bytes, size_t len, off64_t at) {
+    ssize_t (*real)(int, void *, size_t, off64_t) = dlsym(RTLD_NEXT, "pread64");
+    char name[64], file[4096] = "";
+    snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
+    if (readlink(name, file, sizeof file - 1) > 0 && strstr(file, getenv("HANG_FILE")))
+        while (at >= atoll(getenv("HANG_FROM"))) pause();
+    return real(fd, bytes, len, at);
+}
+"#;
+
+/// While an artifact is opened, while its disk is measured, and while it is loaded. A process that was stopped
+/// meanwhile has not waited for the disk.
+#[test]
+fn a_read_that_never_returns() {
+    let packed = Packed::nano(1);
+    let (source, shim) = (packed.scratch().join("hang.c"), packed.scratch().join("hang.so"));
+    fs::write(&source, HANG).unwrap();
+    let made = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&shim, &source]).arg("-ldl").output();
+    if !made.is_ok_and(|out| out.status.success()) {
+        return skip("a read that never returns: needs a C compiler");
+    }
+    if Artifact::open(packed.path()).unwrap().rank_reader(0).unwrap().mode() == ReadMode::DontCache {
+        return skip("a read that never returns: without O_DIRECT reads do not go through the C library");
+    }
+    let hangs = |from: &str, args: &[&str]| {
+        let variables = [("LD_PRELOAD", text(&shim)), ("HANG_FILE", "rank0.weights"), ("HANG_FROM", from)];
+        start_with(DSV4_RUN, [&[text(packed.path())], args, &["--io", "threads"]].concat(), &variables)
+    };
+    let generate = ["generate", "--prompt", "a", "--max-tokens", "2"];
+    let weights = (2 * MIB).to_string();
+    let all = [hangs("0", &generate), hangs(&weights, &["load"]), hangs(&weights, &generate)];
+    let stopped = hangs(&weights, &generate);
+    let (id, pause) = (Pid::from_raw(stopped.id() as i32).unwrap(), Duration::from_secs(6));
+    std::thread::sleep(Duration::from_secs(2));
+    kill_process(id, Signal::STOP).unwrap();
+    std::thread::sleep(pause);
+    kill_process(id, Signal::CONT).unwrap();
+    let limit = Duration::from_secs(30);
+    for (running, least) in all.map(|running| (running, limit)).into_iter().chain([(stopped, limit + pause)]) {
+        let ran = running.finish();
+        ran.fails(INPUT, &["nothing was read for 30 s", "the disk does not answer"]);
+        assert!(ran.took >= least && ran.took < least + 2 * SECONDS, "{:?}", ran.took);
+    }
 }
 
 /// What two ranks of `artifact` compare, as they would say it.

@@ -3,12 +3,13 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use dsv4_format::io::DirectFile;
 use dsv4_format::{Artifact, CACHED_BYTES_MAX, FormatError, Io, LoadOptions, NoProgress, SECTION_ALIGN};
 use dsv4_tests::artifacts::Packed;
-use dsv4_tests::binaries::{DSV4_RUN, Ran, run};
+use dsv4_tests::binaries::{DSV4_RUN, Ran, path, run};
 use dsv4_tests::skip;
 use serde_json::Value;
 
@@ -32,10 +33,10 @@ fn every_way_loads_the_same_and_leaves_nothing_cached() {
     let nano = Packed::nano(2);
     let artifact = Artifact::open(nano.path()).unwrap();
     for rank in 0..2 {
-        let path = rank_file(&nano, rank);
+        let file = rank_file(&nano, rank);
         for (io, staged) in [Io::Auto, Io::Uring, Io::Threads].into_iter().flat_map(|io| [(io, false), (io, true)]) {
             // Somebody has just read the whole file through the page cache.
-            let bytes = fs::read(&path).unwrap();
+            let bytes = fs::read(&file).unwrap();
             let options = LoadOptions { io, staged, ..LoadOptions::default() };
             let (arena, report) = match artifact.load(rank, &options, &NoProgress) {
                 Err(FormatError::Uring { source }) => {
@@ -47,8 +48,8 @@ fn every_way_loads_the_same_and_leaves_nothing_cached() {
             let start = SECTION_ALIGN as usize;
             assert!(arena[..] == bytes[start..start + arena.len()], "rank {rank}, {io:?}, staged {staged}");
             assert_eq!((report.bytes, report.staged, report.retries), (arena.len() as u64, staged, 0));
-            assert!(report.is_cache_bounded(), "{report:?}");
-            match DirectFile::open(&path).unwrap().cached_bytes() {
+            assert_ne!(report.is_cache_bounded(), Some(false), "{report:?}");
+            match DirectFile::open(&file).unwrap().cached_bytes() {
                 Some(cached) => assert!(cached <= CACHED_BYTES_MAX, "{cached} bytes are cached"),
                 None => skip("residency: this kernel does not tell"),
             }
@@ -114,6 +115,47 @@ fn memory_that_is_low_stops_a_load_and_a_start() {
     }
     load(&nano, &["--reserve", "4096G"]).fails(DEVICE, &["not enough memory", "needed"]);
     load(&nano, &["--floor", "0", "--reserve", "0"]).ok();
+}
+
+/// A memory cgroup of either version, gone when dropped.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new(limit: u64) -> Option<Cgroup> {
+        [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")].iter().find_map(
+            |(mount, file)| {
+                let dir = PathBuf::from(mount).join(format!("dsv4-test-{}", std::process::id()));
+                // Without a memory controller the directory would be an ordinary one, or lack the file.
+                fs::metadata(PathBuf::from(mount).join("cgroup.procs")).and_then(|_| fs::create_dir(&dir)).ok()?;
+                let made = Cgroup(dir);
+                fs::write(made.0.join(file), limit.to_string()).ok().map(|()| made)
+            },
+        )
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// What a cgroup leaves may be much less than what the machine has; who takes more is killed.
+#[test]
+fn a_memory_cgroup_stops_a_load_before_the_kernel_does() {
+    let nano = Packed::nano(1);
+    let Some(group) = Cgroup::new(40 << 20) else {
+        return skip("a floor in a memory cgroup: no right to make one");
+    };
+    let enter = format!("echo $$ > {}/cgroup.procs && exec \"$0\" \"$@\"", group.0.display());
+    for io in ["auto", "threads"] {
+        // Slots and the copied rank together are more than the limit.
+        let load = [text(&nano), "load", "--staged", "--floor", "16M", "--reserve", "0", "--io", io];
+        let out = Command::new("sh").args(["-c", &enter]).arg(path(DSV4_RUN)).args(load).output().unwrap();
+        let err = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(DEVICE), "{:?}: {err}", out.status);
+        assert!(err.contains("cgroup") && err.contains("16777216") && err.contains("--floor"), "{err}");
+    }
 }
 
 #[test]

@@ -114,7 +114,8 @@ impl Artifact {
         members::restore(member, &frame, &path)
     }
 
-    pub(crate) fn rank_path(&self, rank: u32) -> PathBuf {
+    /// Where a rank's file is, or would be.
+    pub fn rank_path(&self, rank: u32) -> PathBuf {
         self.path.join(rank_file_name(rank))
     }
 

@@ -2,8 +2,8 @@
 //! what / where / expected / found / what to do.
 //!
 //! All variants mean "input or artifact" (exit code 3) to the binaries except
-//! [`FormatError::Memory`], [`FormatError::LowMemory`] and [`FormatError::Thread`], which are "device or
-//! memory" (exit code 4).
+//! [`FormatError::Memory`], [`FormatError::LowMemory`], [`FormatError::Thread`] and [`FormatError::Uring`],
+//! which are "device or memory" (exit code 4).
 
 use std::fmt;
 use std::io;

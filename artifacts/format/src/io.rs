@@ -1,9 +1,10 @@
 //! Files read and written past the page cache.
 //!
 //! O_DIRECT where the file system takes it. Where it refuses (at open or at the first transfer) the
-//! same calls go through the cache with RWF_DONTCACHE, and where that is unknown, without; either way
-//! what was touched is dropped in windows of whole 2 MiB: smaller windows leave large folios cached
-//! (measured: 98 % of the file with 1 MiB windows).
+//! same calls go through the cache with RWF_DONTCACHE, and where that is unknown, without. Some file
+//! systems take O_DIRECT and use the cache all the same, so what was read is dropped in every mode, and
+//! the first write is looked for in the cache. Dropped are windows of whole 2 MiB: smaller ones leave
+//! large folios cached (measured: 98 % of the file with 1 MiB windows).
 //! Short transfers, EINTR and EAGAIN never reach the caller ([`transfer`]). One descriptor for each
 //! file: O_DIRECT is switched on and off on it, so a checkpoint of hundreds of shards stays below
 //! common limits.
@@ -20,6 +21,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use rustix::fs::{Advice, FallocateFlags, OFlags};
@@ -29,16 +31,19 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use crate::error::FormatError;
 use crate::header::BLOCK_BYTES;
 pub use crate::map::AlignedBuf;
+use crate::parallel::lock;
 pub(crate) use transfer::Transfer;
 
 /// What O_DIRECT wants file offsets, lengths and addresses to be multiples of.
 pub const DIRECT_ALIGN: u64 = 4096;
 const DROP_WINDOW: u64 = 2 << 20;
+/// Reads that may leave something behind their end in the page cache, before all of the file is dropped.
+const LEFT_MAX: u64 = 8;
 /// Written through the page cache before it must be on the medium: bounds what waits there.
 const DIRTY_BYTES_MAX: u64 = 64 << 20;
 /// `RWF_DONTCACHE` of the kernel's interface (since Linux 6.14), which no library names yet.
 const DONTCACHE: u32 = 0x80;
-const NOTE: &str = "files go through the page cache, dropped as they are used: this file system refuses O_DIRECT";
+const NOTE: &str = "files go through the page cache, dropped as they are used: this file system has no O_DIRECT";
 /// Whether any file of this process had to do without O_DIRECT.
 static REFUSED: AtomicBool = AtomicBool::new(false);
 
@@ -115,8 +120,12 @@ pub struct DirectFile {
     /// A [`ReadMode`].
     mode: AtomicU8,
     len: u64,
-    /// Written through the page cache.
     written: AtomicU64,
+    /// Reads that ended within a window.
+    left: AtomicU64,
+    /// Whether a sync has failed. Held during a sync: the kernel tells a lost write once, to whoever asks
+    /// first, and nobody may hear afterwards that all is well.
+    sync_failed: Mutex<bool>,
 }
 
 impl DirectFile {
@@ -168,8 +177,9 @@ impl DirectFile {
         if mode != ReadMode::Direct {
             REFUSED.store(true, Ordering::Relaxed);
         }
-        let (mode, written) = (AtomicU8::new(mode as u8), AtomicU64::new(0));
-        Ok(DirectFile { path: path.to_path_buf(), file, mode, len, written })
+        let [written, left] = [const { AtomicU64::new(0) }; 2];
+        let (mode, sync_failed) = (AtomicU8::new(mode as u8), Mutex::new(false));
+        Ok(DirectFile { path: path.to_path_buf(), file, mode, len, written, left, sync_failed })
     }
 
     pub fn path(&self) -> &Path {
@@ -202,7 +212,7 @@ impl DirectFile {
 
     /// Bytes of the file in the page cache, whoever read them; `None` where that cannot be known.
     pub fn cached_bytes(&self) -> Option<u64> {
-        cached::cached_bytes(&self.file, self.len).ok()
+        cached::cached_bytes(&self.file, 0..self.len).ok()
     }
 
     /// Drops the file's clean pages from the page cache. Advice only.
@@ -226,9 +236,7 @@ impl DirectFile {
             self.read_at_least(buf, offset, need)
         };
         done.map_err(|e| FormatError::io("read", &self.path, len, e))?;
-        if !self.is_direct() {
-            self.drop_windows(offset, offset + len);
-        }
+        self.drop_windows(offset, offset + len);
         Ok(())
     }
 
@@ -239,10 +247,7 @@ impl DirectFile {
         assert!(is_aligned(buf, offset), "unaligned write of {} bytes at {offset}", buf.len());
         let failed = |e| FormatError::io("write", &self.path, buf.len() as u64, e);
         self.write_all(buf, offset).map_err(failed)?;
-        if !self.is_direct() {
-            self.bound_dirty(buf.len() as u64).map_err(failed)?;
-        }
-        Ok(())
+        self.bound_dirty(offset, buf.len() as u64).map_err(failed)
     }
 
     /// Cuts the file, written in whole 4 KiB, to its true length.
@@ -253,9 +258,10 @@ impl DirectFile {
     }
 
     /// Returns when data and length are on the medium. Of a file that goes through the page cache
-    /// nothing stays cached, so what is read next is what the medium has.
+    /// nothing stays cached, so what is read next is what the medium has. Once it has failed it always
+    /// fails: what was lost does not come back.
     pub fn sync(&self) -> Result<(), FormatError> {
-        self.file.sync_all().map_err(|e| FormatError::io("sync", &self.path, self.len, e))?;
+        self.sync_with(File::sync_all).map_err(|e| FormatError::io("sync", &self.path, self.len, e))?;
         if !self.is_direct() {
             self.evict();
         }
@@ -277,12 +283,28 @@ impl DirectFile {
         Ok(())
     }
 
-    /// Starts writing what is dirty and drops what is already clean; waits for the medium once enough
-    /// was written, so that a disk slower than the writer does not fill the memory with what waits for it.
-    fn bound_dirty(&self, len: u64) -> io::Result<()> {
+    fn sync_with(&self, sync: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
+        let mut failed = lock(&self.sync_failed);
+        if *failed {
+            return Err(io::Error::other("an earlier sync of this file has failed"));
+        }
+        sync(&self.file).inspect_err(|_| *failed = true)
+    }
+
+    /// After a write through the page cache: starts writing what is dirty and drops what is already clean;
+    /// waits for the medium once enough was written, so that a disk slower than the writer does not fill the
+    /// memory with what waits for it. The first write says whether O_DIRECT is meant.
+    fn bound_dirty(&self, offset: u64, len: u64) -> io::Result<()> {
         let before = self.written.fetch_add(len, Ordering::Relaxed);
+        if self.is_direct() {
+            let is_first = before == 0 && len > 0;
+            if !is_first || cached::cached_bytes(&self.file, offset..offset + len).is_ok_and(|cached| cached < len) {
+                return Ok(());
+            }
+            self.refuse(ReadMode::Direct)?;
+        }
         if before / DIRTY_BYTES_MAX != (before + len) / DIRTY_BYTES_MAX {
-            self.file.sync_data()?;
+            self.sync_with(File::sync_data)?;
         }
         self.evict();
         Ok(())
@@ -352,11 +374,17 @@ impl DirectFile {
         Ok(())
     }
 
-    /// Drops the whole 2 MiB windows that the reader of `start..end` has left behind. The window
-    /// `end` lies in stays until a later read leaves it, or the file is closed.
+    /// Drops the 2 MiB windows that the reader of `start..end` has used. Of a small read the window that `end`
+    /// lies in stays, for the next one. That may never come, and the kernel reads ahead: so after some reads
+    /// all of the file is dropped.
     pub(crate) fn drop_windows(&self, start: u64, end: u64) {
+        let is_whole = end == self.len || end.is_multiple_of(DROP_WINDOW);
+        if !is_whole && self.left.fetch_add(1, Ordering::Relaxed) % LEFT_MAX == LEFT_MAX - 1 {
+            return self.evict();
+        }
         let from = start - start % DROP_WINDOW;
-        let to = if end == self.len { end.next_multiple_of(DROP_WINDOW) } else { end - end % DROP_WINDOW };
+        let is_used_up = is_whole || end - start >= DROP_WINDOW;
+        let to = if is_used_up { end.next_multiple_of(DROP_WINDOW) } else { end - end % DROP_WINDOW };
         if let Some(len) = to.checked_sub(from).and_then(NonZeroU64::new) {
             let _ = rustix::fs::fadvise(&self.file, from, Some(len), Advice::DontNeed);
         }
@@ -371,9 +399,7 @@ impl ReadAt for DirectFile {
 
 impl Drop for DirectFile {
     fn drop(&mut self) {
-        if !self.is_direct() {
-            self.evict();
-        }
+        self.evict();
     }
 }
 

@@ -42,7 +42,7 @@ pub use error::{FormatError, SuperblockCopy};
 pub use header::{BLOCK_BYTES, FORMAT_VERSION, MANIFEST_BYTES_MAX, SECTION_ALIGN};
 pub use layout::{Place, RankLayout, SectionLayout, SectionPlan, TensorPlan};
 pub use load::{
-    Arena, Block, CACHED_BYTES_MAX, Destination, Device, Engine, Figure, Floor, InPlace, Io, LoadOptions, LoadReport,
+    Arena, Block, CACHED_BYTES_MAX, Destination, Device, Engine, Floor, InPlace, Io, LoadOptions, LoadReport, Look,
     RankReader, SLOTS, Staged,
 };
 pub use manifest::{

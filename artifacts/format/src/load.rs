@@ -28,7 +28,7 @@ use crate::progress::Progress;
 use crate::section::{block_count, block_len, hash_block};
 pub use destination::{Destination, Device, InPlace, SLOTS, Staged};
 pub(crate) use destination::{Discard, HostCopy};
-pub use options::{CACHED_BYTES_MAX, Engine, Figure, Floor, Io, LoadOptions, LoadReport};
+pub use options::{CACHED_BYTES_MAX, Engine, Floor, Io, LoadOptions, LoadReport, Look};
 
 const READS_MAX: u32 = 3;
 
@@ -70,6 +70,25 @@ pub(crate) fn blocks(rank: &RankFile) -> Vec<Block<'_>> {
     out
 }
 
+impl Block<'_> {
+    /// Whether these bytes are the block, after `reads` reads. Errors: [`FormatError::Block`].
+    fn verify(&self, bytes: &[u8], path: &Path, reads: u32) -> Result<(), FormatError> {
+        let found = hash_block(bytes, self.index, self.count);
+        if found == self.hash {
+            return Ok(());
+        }
+        Err(FormatError::Block {
+            file: path.to_path_buf(),
+            section: self.section.into(),
+            block: self.index,
+            offset: self.file_offset,
+            expected: Box::new(Digest(self.hash)),
+            found: Box::new(Digest(found)),
+            reads,
+        })
+    }
+}
+
 impl FormatError {
     /// Where a read failed, added to what the system says of the file.
     fn of_block(self, block: &Block<'_>, reads: u32) -> FormatError {
@@ -86,28 +105,14 @@ pub(crate) fn read_verified<S: ReadAt>(
     block: &Block<'_>,
     buf: &mut [u8],
 ) -> Result<(), FormatError> {
-    let mut failure = None;
-    for reads in 1..=READS_MAX {
-        match source.read_exact_at(buf, block.file_offset) {
-            Err(error) => failure = Some(error.of_block(block, reads)),
-            Ok(()) => {
-                let found = hash_block(buf, block.index, block.count);
-                if found == block.hash {
-                    return Ok(());
-                }
-                failure = Some(FormatError::Block {
-                    file: path.to_path_buf(),
-                    section: block.section.into(),
-                    block: block.index,
-                    offset: block.file_offset,
-                    expected: Box::new(Digest(block.hash)),
-                    found: Box::new(Digest(found)),
-                    reads,
-                });
-            }
+    let mut reads = 1;
+    loop {
+        let read = source.read_exact_at(buf, block.file_offset).map_err(|error| error.of_block(block, reads));
+        match read.and_then(|()| block.verify(buf, path, reads)) {
+            Err(_) if reads < READS_MAX => reads += 1,
+            done => return done,
         }
     }
-    failure.map_or(Ok(()), Err)
 }
 
 /// A rank's file, opened for reading verified blocks from several threads.

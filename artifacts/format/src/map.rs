@@ -1,5 +1,5 @@
-//! Page-aligned anonymous memory, the only use of memmap2. Files are never mapped: a mapped file
-//! fills the page cache and turns a disk error into a signal.
+//! Page-aligned anonymous memory. No file is read through a mapping: that fills the page cache and turns
+//! a disk error into a signal. (`io/cached.rs` maps one to ask what of it is cached, and never reads it.)
 
 use std::ops::{Deref, DerefMut};
 

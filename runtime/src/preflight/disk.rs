@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use dsv4_format::io::{AlignedBuf, DirectFile};
-use dsv4_format::{BLOCK_BYTES, FormatError};
+use dsv4_format::{BLOCK_BYTES, FormatError, NoProgress};
+
+use crate::stall;
 
 /// Readers that are tried, in turn.
 const READERS: [usize; 3] = [2, 8, 16];
@@ -48,9 +50,16 @@ impl DiskProbe {
     }
 }
 
-/// Reads `file` for at most about `within`. Errors: the file cannot be opened or read, no memory for buffers.
+/// Reads `file` for at most about `within`; ends the process when the disk stops answering. Errors: the file
+/// cannot be opened or read, no memory for buffers.
 pub fn probe(file: &Path, within: Duration) -> Result<DiskProbe, FormatError> {
+    stall::guard(file, &NoProgress, |_| measure(file, within))
+}
+
+fn measure(file: &Path, within: Duration) -> Result<DiskProbe, FormatError> {
     let file = DirectFile::open(file)?;
+    // Some file systems take O_DIRECT and give what is in the page cache all the same.
+    file.evict();
     // The ragged end is left out, except where it is all there is.
     let block_bytes = BLOCK_BYTES.min(file.len().max(1));
     let blocks = file.len() / block_bytes;
@@ -118,6 +127,26 @@ mod tests {
         assert_eq!(probe(&path, Duration::from_millis(30)).unwrap().expected_seconds(1), None);
         std::fs::remove_file(&path).unwrap();
         assert!(matches!(probe(&path, Duration::from_millis(30)), Err(FormatError::Io { .. })));
+    }
+
+    #[test]
+    fn what_somebody_left_in_the_page_cache_is_not_measured() {
+        let path = std::env::temp_dir().join(format!("dsv4-disk-cached-{}", std::process::id()));
+        std::fs::write(&path, vec![7; 8 << 20]).unwrap();
+        let file = DirectFile::open(&path).unwrap();
+        file.sync().unwrap();
+        file.evict();
+        let can_be_dropped = file.cached_bytes() == Some(0);
+        std::fs::read(&path).unwrap();
+        // Nothing is read, and what was there is gone.
+        probe(&path, Duration::ZERO).unwrap();
+        let cached = file.cached_bytes();
+        std::fs::remove_file(&path).unwrap();
+        if can_be_dropped {
+            assert_eq!(cached, Some(0));
+        } else {
+            println!("SKIP a measured page cache: this file lives in it");
+        }
     }
 
     #[test]

@@ -79,7 +79,7 @@ pub fn check(opened: &Opened, here: &[u32], asked: &Asked, host: Host) -> Result
     let first = here.iter().find(|r| artifact.has_rank(**r));
     let mut disk = None;
     if let Some(rank) = first {
-        match disk::probe(&artifact.path().join(format!("rank{rank}.weights")), PROBE_WITHIN) {
+        match disk::probe(&artifact.rank_path(*rank), PROBE_WITHIN) {
             Ok(probe) => {
                 findings.extend(checks::disk(&probe, load_bytes, &host));
                 disk = Some((probe, load_bytes));

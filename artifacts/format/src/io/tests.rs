@@ -98,3 +98,43 @@ fn writes_reach_the_file_in_both_modes() {
         assert_eq!((file.len(), std::fs::metadata(&path).expect("metadata").len()), (4_194_299, 4_194_299));
     }
 }
+
+/// Tiles of a shard are read by several threads, and end where tensors do.
+#[test]
+fn reads_that_end_anywhere_in_any_order_leave_little_cached() {
+    const TILE: u64 = (2 << 20) + 4096 * 100;
+    let dir = tempfile::tempdir().expect("tempdir");
+    let path = dir.path().join("shard");
+    std::fs::write(&path, pattern(20 * TILE as usize)).expect("write");
+    for refusals in 0..3 {
+        let file = DirectFile::open(&path).expect("open");
+        file.sync().expect("sync");
+        file.evict();
+        [ReadMode::Direct, ReadMode::DontCache][..refusals]
+            .iter()
+            .for_each(|mode| file.refuse(*mode).expect("refused"));
+        let mut buf = AlignedBuf::new(TILE as usize).expect("buffer");
+        (0..20).rev().for_each(|tile| file.read_exact_at(&mut buf, tile * TILE).expect("read"));
+        match file.cached_bytes() {
+            Some(cached) if !is_in_memory(&file) => assert!(cached <= 8 << 20, "{cached} bytes, {:?}", file.mode()),
+            _ => println!("SKIP residency: not to be known here"),
+        }
+    }
+}
+
+/// Where the page cache is all there is of a file.
+fn is_in_memory(file: &DirectFile) -> bool {
+    rustix::fs::fstatfs(file.file()).expect("a file system").f_type == 0x0102_1994
+}
+
+/// The kernel tells a write that was lost to the first who syncs, and to nobody after that.
+#[test]
+fn a_sync_that_failed_is_not_forgotten() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let file = DirectFile::create(&dir.path().join("out"), 4096).expect("create");
+    file.sync().expect("nothing is lost yet");
+    let lost = file.sync_with(|_| Err(io::Error::from_raw_os_error(libc::EIO)));
+    assert_eq!(lost.expect_err("EIO").raw_os_error(), Some(libc::EIO));
+    let error = file.sync().expect_err("still lost");
+    assert!(matches!(error, FormatError::Io { action: "sync", .. }), "{error}");
+}

@@ -1,6 +1,5 @@
 //! What a load is told, and what it tells.
 
-use std::fs;
 use std::time::Duration;
 
 use crate::io::ReadMode;
@@ -40,48 +39,24 @@ impl Engine {
     }
 }
 
-/// A figure of /proc/meminfo.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Figure {
-    /// What programs get: counts the page cache that the kernel can give up.
-    Available,
-    /// What a GPU driver gets where the GPU has no memory of its own.
-    Free,
-}
+/// What there is of memory now: the name of the figure that counts, and bytes. `None`: not to be known.
+pub type Look = Option<(&'static str, u64)>;
 
-impl Figure {
-    /// As in /proc/meminfo.
-    pub fn name(self) -> &'static str {
-        match self {
-            Figure::Available => "MemAvailable",
-            Figure::Free => "MemFree",
-        }
-    }
-
-    /// Bytes now; `None` where the kernel does not tell.
-    pub fn read(self) -> Option<u64> {
-        let text = fs::read_to_string("/proc/meminfo").ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix(self.name())?.strip_prefix(':'))?;
-        line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-    }
-}
-
-/// Memory that a load leaves to the machine: below it nothing more is read, and when that does not
-/// help, the load ends.
+/// Memory that a load leaves to others: below it nothing more is read, and when that does not help, the
+/// load ends.
 #[derive(Clone, Copy)]
 pub struct Floor<'a> {
     pub bytes: u64,
-    pub figure: Figure,
     /// How long it may be low.
     pub patience: Duration,
-    /// Reads the figure.
-    pub source: &'a (dyn Fn(Figure) -> Option<u64> + Sync),
+    /// Looks at memory.
+    pub look: &'a (dyn Fn() -> Look + Sync),
 }
 
-impl Floor<'_> {
-    /// At least `bytes` of this machine's `figure`.
-    pub fn new(bytes: u64, figure: Figure) -> Floor<'static> {
-        Floor { bytes, figure, patience: PATIENCE, source: &Figure::read }
+impl<'a> Floor<'a> {
+    /// At least `bytes`, for as long as a load is usually worth waiting for.
+    pub fn new(bytes: u64, look: &'a (dyn Fn() -> Look + Sync)) -> Floor<'a> {
+        Floor { bytes, patience: PATIENCE, look }
     }
 }
 
@@ -135,19 +110,8 @@ impl LoadReport {
         if self.seconds > 0.0 { self.bytes as f64 / self.seconds } else { 0.0 }
     }
 
-    /// Whether the page cache holds next to nothing of the file; an unknown amount is not held against it.
-    pub fn is_cache_bounded(&self) -> bool {
-        self.cached_bytes_after.is_none_or(|bytes| bytes <= CACHED_BYTES_MAX)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn this_machine_tells_both_figures() {
-        let (free, available) = (Figure::Free.read().expect("Linux"), Figure::Available.read().expect("Linux"));
-        assert!(free > 1 << 20 && available > 1 << 20, "{free} {available}");
+    /// Whether the page cache holds next to nothing of the file; `None` where that cannot be known.
+    pub fn is_cache_bounded(&self) -> Option<bool> {
+        self.cached_bytes_after.map(|bytes| bytes <= CACHED_BYTES_MAX)
     }
 }

@@ -8,11 +8,11 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::error::FormatError;
+use crate::io::DirectFile;
 use crate::io::ring::{probe, with_ring};
-use crate::io::{DirectFile, ReadAt};
 use crate::load::Block;
 use crate::load::destination::Destination;
-use crate::load::options::{CACHED_BYTES_MAX, Engine, Floor, Io, LoadOptions, LoadReport};
+use crate::load::options::{CACHED_BYTES_MAX, Engine, Floor, Io, LoadOptions, LoadReport, Look};
 use crate::load::readers::{read_blocks, read_with_ring};
 use crate::load::stage::{EndOnPanic, Judge, Stage};
 use crate::parallel::lock;
@@ -20,6 +20,8 @@ use crate::progress::Progress;
 
 /// How often the watchdog looks.
 const TICK: Duration = Duration::from_millis(100);
+/// How long memory must be there again before a shortage is over.
+const GOOD_AGAIN: Duration = Duration::from_secs(1);
 /// Reads under way at once, of 4 MiB each.
 const URING_DEPTH: usize = 16;
 const THREADS_DEPTH: usize = 8;
@@ -84,7 +86,7 @@ pub(crate) fn load<'b, D: Destination>(
             run(file.path(), blocks, dest, reading, judge, options, progress)
         }
         None => {
-            let read = |stage: &Stage<'b, D::Buffer>| read_blocks(stage, &Uncached(file));
+            let read = |stage: &Stage<'b, D::Buffer>| read_blocks(stage, file);
             let reading = Reading { read: &read, threads: queue_depth, depth: queue_depth };
             run(file.path(), blocks, dest, reading, judge, options, progress)
         }
@@ -110,18 +112,6 @@ pub(crate) fn load<'b, D: Destination>(
     })
 }
 
-/// Drops what was read from the page cache also where O_DIRECT was taken: some file systems take it and
-/// use the cache all the same.
-struct Uncached<'f>(&'f DirectFile);
-
-impl ReadAt for Uncached<'_> {
-    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<(), FormatError> {
-        self.0.read_exact_at(buf, offset)?;
-        self.0.drop_windows(offset, offset + buf.len() as u64);
-        Ok(())
-    }
-}
-
 /// The threads of a load around one way of reading.
 pub(crate) fn run<'b, D: Destination>(
     path: &'b Path,
@@ -136,13 +126,11 @@ pub(crate) fn run<'b, D: Destination>(
     let threads = options.threads.max(1);
     let reader = || guarded(&stage, || (reading.read)(&stage));
     let hasher = || guarded(&stage, || stage.hash(judge));
-    let watchdog = || options.floor.iter().for_each(|floor| watch(&stage, floor));
+    let watchdog = || guarded(&stage, || options.floor.iter().for_each(|floor| watch(&stage, floor, progress)));
     let mut crew: Vec<(&'static str, &(dyn Fn() + Sync))> = Vec::new();
     if let Some(floor) = &options.floor {
         // Before the first byte, not a moment after it.
-        if low(floor).is_some() {
-            stage.pause();
-        }
+        look(&stage, floor);
         crew.push(("the memory watchdog", &watchdog));
     }
     crew.extend((0..reading.threads).map(|_| ("a reading thread", &reader as _)));
@@ -203,30 +191,79 @@ fn place<'b, D: Destination>(
     Ok(())
 }
 
-/// What is there, where that is below the floor.
-fn low(floor: &Floor<'_>) -> Option<u64> {
-    (floor.source)(floor.figure).filter(|found| *found < floor.bytes)
+/// Looks at memory: pauses reading where it is low, else lets it take half of what there is above the floor
+/// until the next look. (Half: a staged block takes its slot and its place.) Returns what is low.
+fn look<B>(stage: &Stage<'_, B>, floor: &Floor<'_>) -> Look {
+    let above = match (floor.look)() {
+        Some((figure, found)) if found < floor.bytes => {
+            stage.pause();
+            return Some((figure, found));
+        }
+        Some((_, found)) => found - floor.bytes,
+        None => u64::MAX,
+    };
+    stage.resume((above / 2).max(1));
+    None
 }
 
-/// Pauses reading while memory is low, and ends the load when it stays low.
-fn watch<B>(stage: &Stage<'_, B>, floor: &Floor<'_>) {
-    let mut low_since = None;
-    loop {
-        match low(floor) {
-            None => {
-                low_since = None;
-                stage.resume();
+/// Looks again and again, and ends the load when memory stays low.
+fn watch<B>(stage: &Stage<'_, B>, floor: &Floor<'_>, progress: &dyn Progress) {
+    let mut shortage = Shortage::default();
+    // The first look was made before the first byte.
+    while !stage.ends_within(TICK) {
+        let low = look(stage, floor);
+        shortage.look(low.is_some());
+        if let Some((figure, found)) = low {
+            if shortage.lasted > floor.patience {
+                let seconds = floor.patience.as_secs_f64();
+                return stage.fail(0, FormatError::LowMemory { figure, floor: floor.bytes, found, seconds });
             }
-            Some(found) => {
-                stage.pause();
-                if low_since.get_or_insert_with(Instant::now).elapsed() >= floor.patience {
-                    let (figure, seconds) = (floor.figure.name(), floor.patience.as_secs_f64());
-                    return stage.fail(0, FormatError::LowMemory { figure, floor: floor.bytes, found, seconds });
-                }
-            }
+            // A sign of life: the disk is not what the load waits for.
+            progress.add(0);
         }
-        if stage.ends_within(TICK.min(floor.patience)) {
-            return;
+    }
+}
+
+/// For how long memory has been low, counted in looks: time in which this process was stopped is not waited.
+#[derive(Debug, Default)]
+struct Shortage {
+    lasted: Duration,
+    good: Duration,
+}
+
+impl Shortage {
+    /// One more look. Memory that comes and goes is low all the time.
+    fn look(&mut self, low: bool) {
+        if low {
+            self.lasted += TICK;
+            self.good = Duration::ZERO;
+        } else {
+            self.good += TICK;
         }
+        if self.good >= GOOD_AGAIN {
+            self.lasted = Duration::ZERO;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How long a shortage has lasted after looks that found memory low (`-`) or not (`+`).
+    fn ticks(looks: &str) -> u32 {
+        let mut shortage = Shortage::default();
+        looks.chars().for_each(|look| shortage.look(look == '-'));
+        (shortage.lasted.as_millis() / TICK.as_millis()) as u32
+    }
+
+    #[test]
+    fn a_shortage_ends_only_when_memory_stays_there() {
+        assert_eq!((ticks(""), ticks("+++"), ticks("---")), (0, 0, 3));
+        let flapping = "-----+".repeat(10);
+        assert_eq!(ticks(&flapping), 50);
+        assert_eq!(ticks(&format!("{flapping}{}", "+".repeat(8))), 50);
+        assert_eq!(ticks(&format!("{flapping}{}", "+".repeat(9))), 0);
+        assert_eq!(ticks(&format!("{flapping}{}--", "+".repeat(9))), 2);
     }
 }

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::mem;
 use std::ops::DerefMut;
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -13,9 +14,7 @@ use std::time::{Duration, Instant};
 use crate::error::FormatError;
 use crate::io::DIRECT_ALIGN;
 use crate::load::{Block, READS_MAX};
-use crate::manifest::Digest;
 use crate::parallel::lock;
-use crate::section::hash_block;
 
 /// Judges a block whose hash matched.
 pub(crate) type Judge<'a> = &'a (dyn Fn(&Block<'_>, &[u8]) -> Result<(), FormatError> + Sync);
@@ -26,18 +25,20 @@ pub(crate) struct Job<'b, B> {
     pub(crate) buf: B,
     /// Reads that failed or gave other bytes.
     failed: u32,
+    /// Bytes of memory that using the buffer may take and that were not counted yet.
+    cost: u64,
 }
 
 impl<'b, B> Job<'b, B> {
     /// Apart from its buffer, for while that is somebody else's.
     pub(crate) fn split(self) -> (Job<'b, ()>, B) {
-        (Job { block: self.block, buf: (), failed: self.failed }, self.buf)
+        (Job { block: self.block, buf: (), failed: self.failed, cost: self.cost }, self.buf)
     }
 }
 
 impl<'b> Job<'b, ()> {
     pub(crate) fn with<B>(self, buf: B) -> Job<'b, B> {
-        Job { block: self.block, buf, failed: self.failed }
+        Job { block: self.block, buf, failed: self.failed, cost: self.cost }
     }
 }
 
@@ -50,6 +51,8 @@ struct State<'b, B> {
     verified: VecDeque<Job<'b, B>>,
     ended: bool,
     paused: Option<Instant>,
+    /// Bytes of memory that may be taken until the watchdog has looked again.
+    credit: u64,
     paused_for: Duration,
     retries: u64,
     /// With its place in the file: of several the first is told.
@@ -86,6 +89,7 @@ impl<'b, B> Stage<'b, B> {
             verified: VecDeque::new(),
             ended: false,
             paused: None,
+            credit: u64::MAX,
             paused_for: Duration::ZERO,
             retries: 0,
             failure: None,
@@ -100,7 +104,7 @@ impl<'b, B> Stage<'b, B> {
 
     /// Adds a block to be read into `buf`; `fresh` memory may be prepared first.
     pub(crate) fn add(&self, block: Block<'b>, buf: B, fresh: bool) {
-        let job = Job { block, buf, failed: 0 };
+        let job = Job { block, buf, failed: 0, cost: block.len as u64 };
         let mut state = self.lock();
         if fresh {
             state.fresh.push_back(job);
@@ -145,10 +149,11 @@ impl<'b, B> Stage<'b, B> {
 
     /// The same, of a source that says more.
     pub(crate) fn read_failed_with(&self, job: Job<'b, B>, error: FormatError) {
-        self.again(job, |job| error.of_block(&job.block, READS_MAX));
+        let error = error.of_block(&job.block, READS_MAX);
+        self.again(job, error);
     }
 
-    fn again(&self, mut job: Job<'b, B>, error: impl FnOnce(&Job<'b, B>) -> FormatError) {
+    fn again(&self, mut job: Job<'b, B>, error: FormatError) {
         job.failed += 1;
         if job.failed < READS_MAX {
             let mut state = self.lock();
@@ -156,7 +161,7 @@ impl<'b, B> Stage<'b, B> {
             state.ready.push_front(job);
             self.readers.notify_one();
         } else {
-            self.fail(job.block.file_offset, error(&job));
+            self.fail(job.block.file_offset, error);
         }
     }
 
@@ -205,13 +210,15 @@ impl<'b, B> Stage<'b, B> {
         state.paused.get_or_insert_with(Instant::now);
     }
 
-    pub(crate) fn resume(&self) {
+    /// From now on memory for `credit` bytes is taken.
+    pub(crate) fn resume(&self, credit: u64) {
         let mut state = self.lock();
+        state.credit = credit;
         if let Some(since) = state.paused.take() {
             state.paused_for += since.elapsed();
-            self.readers.notify_all();
-            self.hashers.notify_all();
         }
+        self.readers.notify_all();
+        self.hashers.notify_all();
     }
 
     /// Waits; whether the load has ended meanwhile.
@@ -266,17 +273,8 @@ impl<'b, B: DerefMut<Target = [u8]>> Stage<'b, B> {
     fn verify(&self, job: Job<'b, B>, judge: Judge<'_>) {
         let block = &job.block;
         let bytes = &job.buf[..block.len];
-        let found = hash_block(bytes, block.index, block.count);
-        if found != block.hash {
-            return self.again(job, |job| FormatError::Block {
-                file: self.path.to_path_buf(),
-                section: job.block.section.into(),
-                block: job.block.index,
-                offset: job.block.file_offset,
-                expected: Box::new(Digest(job.block.hash)),
-                found: Box::new(Digest(found)),
-                reads: job.failed,
-            });
+        if let Err(error) = block.verify(bytes, self.path, job.failed + 1) {
+            return self.again(job, error);
         }
         match judge(block, bytes) {
             Err(error) => self.fail(block.file_offset, error),
@@ -290,14 +288,26 @@ impl<'b, B: DerefMut<Target = [u8]>> Stage<'b, B> {
 
 impl<'b, B> State<'b, B> {
     fn take_read(&mut self) -> Option<Job<'b, B>> {
-        if self.paused.is_some() {
+        if !self.may_take() {
             return None;
         }
-        self.ready.pop_front().or_else(|| self.fresh.pop_front())
+        self.ready.pop_front().or_else(|| self.fresh.pop_front()).map(|job| self.count(job))
     }
 
     fn take_fresh(&mut self) -> Option<Job<'b, B>> {
-        if self.paused.is_some() { None } else { self.fresh.pop_front() }
+        if !self.may_take() {
+            return None;
+        }
+        self.fresh.pop_front().map(|job| self.count(job))
+    }
+
+    fn may_take(&self) -> bool {
+        self.paused.is_none() && self.credit > 0
+    }
+
+    fn count(&mut self, mut job: Job<'b, B>) -> Job<'b, B> {
+        self.credit = self.credit.saturating_sub(mem::take(&mut job.cost));
+        job
     }
 }
 

@@ -80,14 +80,14 @@ mod stages {
     use std::sync::atomic::AtomicU64;
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::sync::{Mutex, MutexGuard};
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     use super::super::readers::{Tag, read_blocks, read_with_ring};
     use super::super::run::{Moved, Reading, load, run};
     use super::super::stage::{Judge, Stage};
     use super::*;
     use crate::io::ring::{Done, Read, Requests, probe, with_ring};
-    use crate::progress::NoProgress;
+    use crate::progress::{NoProgress, Progress};
 
     const LEN: usize = 128 << 10;
     const COUNT: usize = 48;
@@ -469,20 +469,27 @@ mod stages {
     #[test]
     fn a_failure_ends_the_load_at_once() {
         let disk = Disk::new();
-        let blocks = disk.blocks();
+        let (file, blocks) = (disk.open(), disk.blocks());
         for kind in kinds() {
+            // All the others together take a second and more: as long may the one that fails.
+            let slow = |_: &Block<'_>, _: &[u8]| {
+                std::thread::sleep(Duration::from_millis(50));
+                Ok(())
+            };
             // Of reading.
             let faults = Faults::at(1, &[Fault::Errno(libc::EIO); 3]);
-            assert!(in_place(kind, &disk, &faults).0.is_err());
+            let mut arena = arena();
+            let result = go(kind, &file, &blocks, &faults, &mut InPlace::new(&mut arena), &slow, None);
+            assert!(matches!(result, Err(FormatError::BlockRead { .. })), "{kind:?}");
             let requests = faults.requests.into_inner();
             assert!(requests < COUNT as u64, "{kind:?}: {requests} requests");
             // Of judging.
-            let (file, none) = (disk.open(), Faults::default());
-            let judge = |block: &Block<'_>, _: &[u8]| match block.section_index {
+            let none = Faults::default();
+            let judge = |block: &Block<'_>, bytes: &[u8]| match block.section_index {
                 3 => Err(FormatError::NoSuchRank { path: disk.path.clone(), rank: 3, tp: 1 }),
-                _ => Ok(()),
+                _ => slow(block, bytes),
             };
-            let mut arena = arena();
+            let mut arena = self::arena();
             let result = go(kind, &file, &blocks, &none, &mut InPlace::new(&mut arena), &judge, None);
             assert!(matches!(result, Err(FormatError::NoSuchRank { .. })), "{kind:?}");
             assert!(none.requests.into_inner() < COUNT as u64);
@@ -520,15 +527,14 @@ mod stages {
         let disk = Disk::new();
         for kind in kinds() {
             let (file, blocks, none, looks) = (disk.open(), disk.blocks(), Faults::default(), AtomicU64::new(0));
-            let source = |figure| {
-                assert_eq!(figure, Figure::Free);
+            let look = || {
                 let low = looks.fetch_add(1, Ordering::Relaxed) < 4;
                 if low {
                     assert_eq!(none.requests.load(Ordering::Relaxed), 0, "{kind:?} reads while memory is low");
                 }
-                Some(if low { 99 } else { 100 })
+                Some(("MemFree", if low { 99 } else { 1 << 40 }))
             };
-            let floor = Floor { source: &source, ..Floor::new(100, Figure::Free) };
+            let floor = Floor::new(100, &look);
             let mut arena = arena();
             let dest = &mut InPlace::new(&mut arena);
             let moved = go(kind, &file, &blocks, &none, dest, &|_, _| Ok(()), Some(floor)).expect("recovers");
@@ -543,15 +549,21 @@ mod stages {
         for kind in kinds() {
             // Low only once some blocks are in.
             let (file, blocks, none) = (disk.open(), disk.blocks(), Faults::default());
-            let source = |_| Some(if none.requests.load(Ordering::Relaxed) > 2 { 77 } else { 1000 });
-            let patience = Duration::from_millis(250);
-            let floor = Floor { source: &source, patience, ..Floor::new(100, Figure::Available) };
-            // A disk that is slow enough for the watchdog to see it.
+            let looks = AtomicU64::new(0);
+            let look = || {
+                let low = none.requests.load(Ordering::Relaxed) > 2;
+                looks.fetch_add(u64::from(low), Ordering::Relaxed);
+                Some(("MemAvailable", if low { 77 } else { 1 << 40 }))
+            };
+            let floor = Floor { patience: Duration::from_millis(250), ..Floor::new(100, &look) };
+            // Blocks that the watchdog has time to see: none passes before it has.
             let judge = |_: &Block<'_>, _: &[u8]| {
-                std::thread::sleep(Duration::from_millis(40));
+                while looks.load(Ordering::Relaxed) < 2 {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
                 Ok(())
             };
-            let (started, mut arena) = (Instant::now(), arena());
+            let mut arena = arena();
             let result = go(kind, &file, &blocks, &none, &mut InPlace::new(&mut arena), &judge, Some(floor));
             let error = result.err().expect("low memory");
             assert!(
@@ -559,8 +571,76 @@ mod stages {
                 "{error}"
             );
             assert!(error.to_string().contains("--floor"), "{error}");
-            assert!(started.elapsed() < Duration::from_secs(3));
             assert!(none.requests.into_inner() < COUNT as u64, "{kind:?} went on reading");
+        }
+    }
+
+    /// However fast the disk is: between two looks no more memory is taken than the last one found.
+    #[test]
+    fn the_floor_holds_between_two_looks() {
+        let disk = Disk::new();
+        let (file, blocks) = (disk.open(), disk.blocks());
+        // Half of it is six blocks.
+        let enough = (100 + 12 * LEN) as u64;
+        for kind in kinds() {
+            for staged in [false, true] {
+                let (none, looks) = (Faults::default(), AtomicU64::new(0));
+                let look = || {
+                    let nth = looks.fetch_add(1, Ordering::Relaxed);
+                    let requests = none.requests.load(Ordering::Relaxed);
+                    assert!(requests <= 6 * nth, "{kind:?}, staged {staged}: {requests} requests before look {nth}");
+                    Some(("MemFree", enough))
+                };
+                let (floor, mut arena) = (Some(Floor::new(100, &look)), arena());
+                let done = if staged {
+                    let mut dest = Staged::new(HostCopy::new(&mut arena), 64);
+                    go(kind, &file, &blocks, &none, &mut dest, &|_, _| Ok(()), floor)
+                } else {
+                    go(kind, &file, &blocks, &none, &mut InPlace::new(&mut arena), &|_, _| Ok(()), floor)
+                };
+                done.expect("load");
+                assert!(arena[..] == *disk.weights());
+            }
+        }
+    }
+
+    /// Counts signs of life.
+    struct Alive(AtomicU64);
+
+    impl Progress for Alive {
+        fn start(&self, _: &str, _: u64) {}
+        fn add(&self, bytes: u64) {
+            self.0.fetch_add(u64::from(bytes == 0), Ordering::Relaxed);
+        }
+        fn finish(&self) {}
+    }
+
+    #[test]
+    fn a_load_that_waits_for_memory_shows_life() {
+        let (disk, looks, alive) = (Disk::new(), AtomicU64::new(0), Alive(AtomicU64::new(0)));
+        let look = || Some(("MemFree", if looks.fetch_add(1, Ordering::Relaxed) < 4 { 99 } else { 1 << 40 }));
+        let options = LoadOptions { floor: Some(Floor::new(100, &look)), ..LoadOptions::default() };
+        let (file, mut arena) = (disk.open(), arena());
+        load(&file, &disk.blocks(), &mut InPlace::new(&mut arena), &|_, _| Ok(()), &options, &alive).expect("load");
+        // The first look is made before there is a watchdog.
+        assert_eq!(alive.0.into_inner(), 3);
+    }
+
+    #[test]
+    fn a_watchdog_that_panics_ends_the_load_also_while_it_is_paused() {
+        let disk = Disk::new();
+        for kind in kinds() {
+            let (file, blocks, none, looks) = (disk.open(), disk.blocks(), Faults::default(), AtomicU64::new(0));
+            let look = || {
+                assert!(looks.fetch_add(1, Ordering::Relaxed) < 2, "expected by this test");
+                Some(("MemFree", 99))
+            };
+            let load = || {
+                let mut arena = arena();
+                let floor = Some(Floor::new(100, &look));
+                go(kind, &file, &blocks, &none, &mut InPlace::new(&mut arena), &|_, _| Ok(()), floor).is_ok()
+            };
+            assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(load)).is_err(), "{kind:?}");
         }
     }
 }
