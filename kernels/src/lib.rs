@@ -1,4 +1,4 @@
-//! Compute backends of the model. So far one: [`reference`], on the CPU.
+//! Compute backends of the model: [`reference`] on the CPU, [`gpu`] on a GPU or its emulator ([`device`]).
 //!
 //! Arithmetic on activations and weights lives in [`ops`], a module per family; [`numerics`] has the
 //! number formats, [`simd`] the inner loops, [`weights`] the view of a loaded rank, [`state`] what a
@@ -8,6 +8,8 @@
 compile_error!("weights are little-endian and read in place");
 
 pub mod collective;
+pub mod device;
+pub mod gpu;
 pub mod memory;
 pub mod numerics;
 pub mod ops;

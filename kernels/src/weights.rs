@@ -76,6 +76,11 @@ pub struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
+    /// A matrix in its stored bytes.
+    pub(crate) fn of(format: Format, layout: MatrixLayout, rows: usize, cols: usize, bytes: &'a [u8]) -> Matrix<'a> {
+        Matrix { rows, cols, format, layout, first: 0, bytes }
+    }
+
     /// Row `index` as it is stored.
     pub fn row(&self, index: usize) -> Row<'a> {
         assert!(index < self.rows, "row {index} of {}", self.rows);
@@ -119,13 +124,7 @@ impl Weights {
     ) -> Result<Weights, WeightsError> {
         let mut weights = Weights { arena, places: HashMap::new(), small: HashMap::new() };
         for row in table(config) {
-            let bytes = place(&row.name).ok_or_else(|| WeightsError::Missing { tensor: row.name.clone() })?;
-            let expected = row.artifact_bytes(tp)?;
-            let inside = bytes.end <= (*weights.arena).as_ref().len();
-            if !inside || (bytes.end - bytes.start) as u64 != expected {
-                let found = (bytes.end.saturating_sub(bytes.start)) as u64;
-                return Err(WeightsError::Size { tensor: row.name, found, expected });
-            }
+            let bytes = place_of(&row, tp, (*weights.arena).as_ref().len(), &place)?;
             let shape = row.local_shape(tp)?;
             let cols = shape[shape.len() - 1] as usize;
             let rows = if shape.len() == 1 { 1 } else { shape[shape.len() - 2] as usize };
@@ -133,7 +132,13 @@ impl Weights {
             let id = row.id;
             weights.places.insert(id, Place { row, layout, rows, cols, bytes });
             if id.kind == Kind::Tid2Eid {
-                weights.check_experts(id, config.n_routed_experts)?;
+                let p = weights.place(id);
+                check_experts(
+                    &p.row.name,
+                    &(*weights.arena).as_ref()[p.bytes.clone()],
+                    p.cols,
+                    config.n_routed_experts,
+                )?;
             }
             if is_small(id.kind) {
                 let values = weights.widen(id);
@@ -141,18 +146,6 @@ impl Weights {
             }
         }
         Ok(weights)
-    }
-
-    fn check_experts(&self, id: TensorId, experts: u64) -> Result<(), WeightsError> {
-        for token in 0..self.place(id).rows {
-            let row = self.experts_of(id.block, token as u32);
-            let in_range = row.iter().all(|e| u64::try_from(*e).is_ok_and(|e| e < experts));
-            if !in_range || row.iter().enumerate().any(|(i, e)| row[..i].contains(e)) {
-                let tensor = self.place(id).row.name.clone();
-                return Err(WeightsError::Experts { tensor, token, found: row.to_vec(), experts });
-            }
-        }
-        Ok(())
     }
 
     fn widen(&self, id: TensorId) -> Vec<f32> {
@@ -193,8 +186,36 @@ impl Weights {
     }
 }
 
+/// Where a tensor lies in an arena of `arena_bytes`. Errors: missing, or another size than the model's.
+pub(crate) fn place_of(
+    row: &TensorRow,
+    tp: Tp,
+    arena_bytes: usize,
+    place: &impl Fn(&str) -> Option<Range<usize>>,
+) -> Result<Range<usize>, WeightsError> {
+    let bytes = place(&row.name).ok_or_else(|| WeightsError::Missing { tensor: row.name.clone() })?;
+    let expected = row.artifact_bytes(tp)?;
+    if bytes.end > arena_bytes || bytes.end.saturating_sub(bytes.start) as u64 != expected {
+        let found = bytes.end.saturating_sub(bytes.start) as u64;
+        return Err(WeightsError::Size { tensor: row.name.clone(), found, expected });
+    }
+    Ok(bytes)
+}
+
+/// Every token's experts (`per_token` 32-bit numbers a row) are distinct ones of the model.
+pub(crate) fn check_experts(tensor: &str, table: &[u8], per_token: usize, experts: u64) -> Result<(), WeightsError> {
+    for (token, row) in table.chunks_exact(4 * per_token).enumerate() {
+        let row: Vec<i32> = row.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let in_range = row.iter().all(|e| u64::try_from(*e).is_ok_and(|e| e < experts));
+        if !in_range || row.iter().enumerate().any(|(i, e)| row[..i].contains(e)) {
+            return Err(WeightsError::Experts { tensor: tensor.to_owned(), token, found: row, experts });
+        }
+    }
+    Ok(())
+}
+
 /// Tensors that are widened at load: everything but the matrices that a matmul streams.
-fn is_small(kind: Kind) -> bool {
+pub(crate) fn is_small(kind: Kind) -> bool {
     use Kind::*;
     matches!(
         kind,

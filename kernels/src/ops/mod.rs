@@ -5,8 +5,10 @@
 
 pub mod compressor;
 pub mod dense_gemm;
+pub mod embedding;
 pub mod hyper_connection;
 pub mod indexer;
+pub mod kv;
 pub mod moe_gemm;
 pub mod rms_norm;
 pub mod rope;

@@ -9,7 +9,7 @@ pub fn affinity(x: f32) -> f32 {
 /// The `k` experts with the largest biased affinity, ascending; on equal values the lower index wins.
 pub fn choose(affinities: &[f32], bias: &[f32], k: usize) -> Vec<u32> {
     let biased: Vec<f32> = affinities.iter().zip(bias).map(|(s, b)| s + b).collect();
-    super::indexer::top_k(&biased, k)
+    crate::ops::indexer::top_k(&biased, k)
 }
 
 /// Weights of the chosen experts: affinity over the sum of the chosen, times `scale`.

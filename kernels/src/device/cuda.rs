@@ -1,0 +1,284 @@
+//! The CUDA driver: memory, cubins, launches on one stream, graphs, times.
+//!
+//! The driver is opened at run time, so this builds and starts anywhere. Its calls are made from any thread;
+//! the context is made current first. Nothing here synchronises but [`Gpu::read`] and [`Gpu::sync`].
+#![allow(unsafe_code)]
+
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
+
+use crate::device::args::ARGS_BYTES_MAX;
+use crate::device::unit::Image;
+use crate::device::{DeviceError, Facts, Gpu, Graph, Kernel, Launch, Mark};
+
+/// The oldest driver whose cubin loader knows what NVRTC 13 writes (CUDA 13.0).
+const DRIVER_MIN: i32 = 13_000;
+/// Shared memory that a kernel has without asking, bytes.
+const SHARED_PLAIN: u32 = 48 << 10;
+
+/// One GPU and one stream on it.
+pub struct Cuda {
+    facts: Facts,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    handles: Mutex<Handles>,
+}
+
+#[derive(Default)]
+struct Handles {
+    modules: Vec<sys::CUmodule>,
+    kernels: Vec<sys::CUfunction>,
+    graphs: Vec<sys::CUgraphExec>,
+    marks: Vec<sys::CUevent>,
+}
+
+// SAFETY: the driver's handles may be used from any thread whose current context is theirs; every call here makes
+// it so first.
+unsafe impl Send for Cuda {}
+// SAFETY: as above; our own lists are behind a mutex.
+unsafe impl Sync for Cuda {}
+
+fn failed(call: &'static str) -> impl Fn(DriverError) -> DeviceError {
+    move |e| {
+        let name = e.error_name().map_or("unknown error".into(), |n| n.to_string_lossy().into_owned());
+        let help = match e.0 {
+            CUresult::CUDA_ERROR_STUB_LIBRARY => "libcuda.so is a toolkit's stub: take its folder off the library path",
+            CUresult::CUDA_ERROR_NO_DEVICE => "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES",
+            CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU | CUresult::CUDA_ERROR_INVALID_IMAGE => {
+                "the artifact's kernels are for another GPU: pack with --arch of this one, or run dsv4c kernels"
+            }
+            CUresult::CUDA_ERROR_ILLEGAL_ADDRESS | CUresult::CUDA_ERROR_LAUNCH_FAILED => {
+                "a kernel failed: this is a fault of this program; report it with the command line"
+            }
+            _ => "see dmesg and nvidia-smi",
+        };
+        DeviceError::Driver { call, reason: name, help }
+    }
+}
+
+impl Cuda {
+    /// The GPU of number `ordinal`.
+    ///
+    /// Errors: [`DeviceError::NoDriver`], a driver that is too old, no such GPU.
+    pub fn open(ordinal: i32) -> Result<Arc<dyn Gpu>, DeviceError> {
+        // SAFETY: only looks whether the library is there.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(DeviceError::NoDriver);
+        }
+        result::init().map_err(failed("cuInit"))?;
+        let mut version = 0;
+        // SAFETY: writes one integer.
+        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(failed("cuDriverGetVersion"))?;
+        if version < DRIVER_MIN {
+            let found = format!("it supports CUDA {}.{}, 13.0 is needed", version / 1000, version % 1000 / 10);
+            return Err(DeviceError::Driver {
+                call: "cuDriverGetVersion",
+                reason: found,
+                help: "install driver 580 or newer",
+            });
+        }
+        let device = result::device::get(ordinal).map_err(failed("cuDeviceGet"))?;
+        let attribute = |which| {
+            // SAFETY: the device is valid.
+            unsafe { result::device::get_attribute(device, which) }.map_err(failed("cuDeviceGetAttribute"))
+        };
+        let facts = Facts {
+            name: result::device::get_name(device).map_err(failed("cuDeviceGetName"))?,
+            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+            capability: (
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as u32,
+                attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32,
+            ),
+            // SAFETY: the device is valid.
+            memory_bytes: unsafe { result::device::total_mem(device) }.map_err(failed("cuDeviceTotalMem"))? as u64,
+        };
+        // SAFETY: the device is valid; the context is released on drop.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        // SAFETY: the context is retained.
+        unsafe { result::ctx::set_current(context) }.map_err(failed("cuCtxSetCurrent"))?;
+        let stream =
+            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("cuStreamCreate"))?;
+        Ok(Arc::new(Cuda { facts, device, context, stream, handles: Mutex::default() }))
+    }
+
+    fn handles(&self) -> MutexGuard<'_, Handles> {
+        self.handles.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
+    fn enter(&self) -> Result<(), DeviceError> {
+        // SAFETY: the context is retained until drop.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("cuCtxSetCurrent"))
+    }
+}
+
+impl Gpu for Cuda {
+    fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn alloc(&self, bytes: u64) -> Result<u64, DeviceError> {
+        self.enter()?;
+        // SAFETY: nothing is read before it is written.
+        unsafe { result::malloc_sync(bytes as usize) }.map_err(|e| DeviceError::Memory { bytes, reason: e.to_string() })
+    }
+
+    fn free(&self, at: u64) {
+        if self.enter().is_ok() {
+            // SAFETY: `at` came from `alloc` and is freed once; the driver waits for what still uses it.
+            let _ = unsafe { result::free_sync(at) };
+        }
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        self.enter()?;
+        // SAFETY: pageable memory is staged before the call returns.
+        unsafe { result::memcpy_htod_async(at, bytes, self.stream) }.map_err(failed("cuMemcpyHtoDAsync"))
+    }
+
+    fn read(&self, at: u64, out: &mut [u8]) -> Result<(), DeviceError> {
+        self.enter()?;
+        // SAFETY: `out` outlives the copy, which has ended after the synchronisation.
+        unsafe { result::memcpy_dtoh_async(out, at, self.stream) }.map_err(failed("cuMemcpyDtoHAsync"))?;
+        self.sync()
+    }
+
+    fn fill(&self, at: u64, byte: u8, bytes: u64) -> Result<(), DeviceError> {
+        self.enter()?;
+        // SAFETY: callers fill inside buffers they hold.
+        unsafe { result::memset_d8_async(at, byte, bytes as usize, self.stream) }.map_err(failed("cuMemsetD8Async"))
+    }
+
+    fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), DeviceError> {
+        self.enter()?;
+        // SAFETY: callers copy between buffers they hold, in the order of the stream.
+        unsafe { result::memcpy_dtod_async(to, from, bytes as usize, self.stream) }.map_err(failed("cuMemcpyDtoDAsync"))
+    }
+
+    fn load(&self, image: &Image, kernels: &[(&str, u32)]) -> Result<Vec<Kernel>, DeviceError> {
+        self.enter()?;
+        let Image::Cubin(bytes) = image else {
+            return Err(DeviceError::NoKernel { kernel: "any".into(), unit: "a library of the emulator".into() });
+        };
+        // SAFETY: a whole ELF file, whose hash was checked; the driver copies it.
+        let module = unsafe { result::module::load_data(bytes.as_ptr().cast()) }.map_err(failed("cuModuleLoadData"))?;
+        let mut handles = self.handles();
+        handles.modules.push(module);
+        let mut out = Vec::with_capacity(kernels.len());
+        for (name, shared) in kernels {
+            let missing = |_| DeviceError::NoKernel { kernel: (*name).into(), unit: "cubin".into() };
+            let c_name = CString::new(*name)
+                .map_err(|_| DeviceError::NoKernel { kernel: (*name).into(), unit: "cubin".into() })?;
+            // SAFETY: the module is loaded until drop.
+            let function = unsafe { result::module::get_function(module, c_name) }.map_err(missing)?;
+            if *shared > SHARED_PLAIN {
+                let which = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // SAFETY: the function is loaded.
+                unsafe { result::function::set_function_attribute(function, which, *shared as i32) }
+                    .map_err(failed("cuFuncSetAttribute"))?;
+            }
+            out.push(Kernel(handles.kernels.len()));
+            handles.kernels.push(function);
+        }
+        Ok(out)
+    }
+
+    fn launch(&self, kernel: Kernel, shape: Launch, args: &[u8]) -> Result<(), DeviceError> {
+        if shape.grid.contains(&0) {
+            return Ok(());
+        }
+        self.enter()?;
+        let function = self.handles().kernels[kernel.0];
+        // At the alignment of any struct.
+        let mut aligned = [0u128; ARGS_BYTES_MAX / 16];
+        bytemuck::cast_slice_mut::<u128, u8>(&mut aligned)[..args.len()].copy_from_slice(args);
+        let mut params = [aligned.as_mut_ptr().cast::<c_void>()];
+        let [x, y, z] = shape.grid;
+        // SAFETY: the driver copies the one argument, a struct of the kernel's own definition, before it returns;
+        // the buffers it names are held by whoever built it until the stream is done with them.
+        unsafe {
+            result::launch_kernel(function, (x, y, z), (shape.threads, 1, 1), shape.shared, self.stream, &mut params)
+        }
+        .map_err(failed("cuLaunchKernel"))
+    }
+
+    fn sync(&self) -> Result<(), DeviceError> {
+        self.enter()?;
+        // SAFETY: the stream lives until drop.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("cuStreamSynchronize"))
+    }
+
+    fn begin_capture(&self) -> Result<bool, DeviceError> {
+        self.enter()?;
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives until drop.
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed("cuStreamBeginCapture"))?;
+        Ok(true)
+    }
+
+    fn end_capture(&self) -> Result<Graph, DeviceError> {
+        self.enter()?;
+        // SAFETY: a capture was begun on this stream.
+        let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(failed("cuStreamEndCapture"))?;
+        // SAFETY: the graph is whole; what is instantiated no longer needs it.
+        let ready = unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) };
+        // SAFETY: as above.
+        let _ = unsafe { result::graph::destroy(graph) };
+        let mut handles = self.handles();
+        handles.graphs.push(ready.map_err(failed("cuGraphInstantiate"))?);
+        Ok(Graph(handles.graphs.len() - 1))
+    }
+
+    fn replay(&self, graph: Graph) -> Result<(), DeviceError> {
+        self.enter()?;
+        let ready = self.handles().graphs[graph.0];
+        // SAFETY: instantiated and kept until drop; its buffers are those of the step, which live as long.
+        unsafe { result::graph::launch(ready, self.stream) }.map_err(failed("cuGraphLaunch"))
+    }
+
+    fn mark(&self) -> Result<Mark, DeviceError> {
+        self.enter()?;
+        let event =
+            result::event::create(sys::CUevent_flags_enum::CU_EVENT_DEFAULT).map_err(failed("cuEventCreate"))?;
+        // SAFETY: the event was just made.
+        unsafe { result::event::record(event, self.stream) }.map_err(failed("cuEventRecord"))?;
+        let mut handles = self.handles();
+        handles.marks.push(event);
+        Ok(Mark(handles.marks.len() - 1))
+    }
+
+    fn seconds_between(&self, from: Mark, to: Mark) -> Result<f64, DeviceError> {
+        self.sync()?;
+        let handles = self.handles();
+        // SAFETY: both events are kept until drop and were recorded.
+        let ms = unsafe { result::event::elapsed(handles.marks[from.0], handles.marks[to.0]) };
+        Ok(f64::from(ms.map_err(failed("cuEventElapsedTime"))?) / 1e3)
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        if self.enter().is_err() {
+            return;
+        }
+        let handles = std::mem::take(&mut *self.handles());
+        // SAFETY: everything is freed once, after the stream is done with it; errors have nowhere to go.
+        unsafe {
+            let _ = result::stream::synchronize(self.stream);
+            for graph in handles.graphs {
+                let _ = result::graph::exec_destroy(graph);
+            }
+            for mark in handles.marks {
+                let _ = result::event::destroy(mark);
+            }
+            for module in handles.modules {
+                let _ = result::module::unload(module);
+            }
+            let _ = result::stream::destroy(self.stream);
+            let _ = sys::cuDevicePrimaryCtxRelease_v2(self.device);
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! Which kernels a rank needs: the same walk compiles them at pack time and loads them at start.
+
+use std::path::Path;
+
+use dsv4_model::cache::PAGE_TOKENS;
+use dsv4_model::layout::Format;
+use dsv4_model::tensors::{draft_stages, layers};
+use dsv4_model::{ModelConfig, Tp};
+use rayon::prelude::*;
+
+use crate::device::nvrtc::Nvrtc;
+use crate::device::unit::{Image, Unit};
+use crate::device::{DeviceError, Gpu, Kernel, emulated};
+use crate::gpu::state;
+use crate::numerics::Numerics;
+use crate::ops::dense_gemm::gemm::{self, GemmPoint};
+use crate::ops::dense_gemm::gemv::{self, Gemv, GemvPoint};
+use crate::ops::hyper_connection::{self as hc, HcKernels, HcShape};
+use crate::ops::kv::{self, CompressSizes};
+use crate::ops::moe_gemm::decode::{self, Experts, MoeDecode, MoePoint};
+use crate::ops::moe_gemm::prefill::{self, MoeSizes, Prefill};
+use crate::ops::{embedding, indexer, rms_norm, router, sparse_attention};
+
+/// Rows up to which a step streams weights past a few rows; longer steps multiply tiles.
+pub const DECODE_ROWS: u32 = 16;
+/// Rows of activations that decode kernels are compiled for.
+const ROWS: [u32; 4] = [1, 2, 4, 8];
+
+/// Sizes of a rank, as kernels count them.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Model width.
+    pub hidden: u32,
+    /// Residual streams.
+    pub streams: u32,
+    /// Query heads of this rank.
+    pub heads: u32,
+    /// Channels of a head.
+    pub head_dim: u32,
+    /// Rotated channels.
+    pub rope: u32,
+    /// Width of the low-rank query.
+    pub q_rank: u32,
+    /// Output groups of this rank.
+    pub groups: u32,
+    /// Width of a group's low-rank output.
+    pub o_rank: u32,
+    /// Positions of the window.
+    pub window: u32,
+    /// Index heads.
+    pub index_heads: u32,
+    /// Channels of an index head.
+    pub index_dim: u32,
+    /// Entries that are selected.
+    pub topk: u32,
+    /// Routed experts.
+    pub experts: u32,
+    /// Experts of a row.
+    pub chosen: u32,
+    /// This rank's part of an expert's width.
+    pub inner: u32,
+    /// Tokens of this rank's part of embedding and head.
+    pub vocab: u32,
+}
+
+impl Shape {
+    /// Sizes of `tp`'s rank.
+    pub fn new(config: &ModelConfig, tp: Tp) -> Shape {
+        let size = u64::from(tp.size());
+        Shape {
+            hidden: config.hidden_size as u32,
+            streams: config.hc_mult as u32,
+            heads: (config.num_attention_heads / size) as u32,
+            head_dim: config.head_dim as u32,
+            rope: config.qk_rope_head_dim as u32,
+            q_rank: config.q_lora_rank as u32,
+            groups: (config.o_groups / size) as u32,
+            o_rank: config.o_lora_rank as u32,
+            window: config.sliding_window as u32,
+            index_heads: config.index_n_heads as u32,
+            index_dim: config.index_head_dim as u32,
+            topk: config.index_topk as u32,
+            experts: config.n_routed_experts as u32,
+            chosen: config.num_experts_per_tok as u32,
+            inner: (config.moe_intermediate_size / size) as u32,
+            vocab: (config.vocab_size / size) as u32,
+        }
+    }
+
+    /// Attention over entries of `ratio` positions.
+    pub fn attention(&self, ratio: u32) -> sparse_attention::Sizes {
+        sparse_attention::Sizes {
+            heads: self.heads,
+            head_dim: self.head_dim,
+            rope: self.rope,
+            window: self.window,
+            capacity: state::window_capacity(self.window),
+            ratio,
+            topk: self.topk,
+            per_page: per_page(ratio),
+        }
+    }
+
+    /// A compressor of `ratio` positions.
+    pub fn compressor(&self, ratio: u32, index: bool) -> CompressSizes {
+        CompressSizes {
+            ratio,
+            width: if index { self.index_dim } else { self.head_dim },
+            rope: self.rope,
+            index,
+            capacity: state::compressor_capacity(ratio),
+            per_page: per_page(ratio),
+        }
+    }
+}
+
+/// Entries of a page.
+pub fn per_page(ratio: u32) -> u32 {
+    (PAGE_TOKENS as u32).checked_div(ratio).unwrap_or(1)
+}
+
+/// A number of something for each ratio: 0, 4, 128.
+#[derive(Clone, Copy)]
+pub struct ByRatio<T>(pub [Option<T>; 3]);
+
+impl<T: Copy> ByRatio<T> {
+    /// That of a ratio. Panics for a ratio that the model has no layer of.
+    pub fn of(&self, ratio: u32) -> T {
+        self.0[ratio_index(ratio)].unwrap_or_else(|| panic!("no layer of ratio {ratio}"))
+    }
+}
+
+fn ratio_index(ratio: u32) -> usize {
+    match ratio {
+        0 => 0,
+        4 => 1,
+        _ => 2,
+    }
+}
+
+/// All kernels of a rank, loaded.
+pub struct Kernels {
+    /// embed, expand, settle, draft_add.
+    pub embedding: [Kernel; 4],
+    /// Of the low-rank query.
+    pub q_norm: Kernel,
+    /// Of the model's width; only drafts need it.
+    pub hidden_norm: Option<Kernel>,
+    /// Hyper-connections.
+    pub hc: HcKernels,
+    /// Choice of experts.
+    pub route: Kernel,
+    /// Matrices past 1, 2, 4 and 8 rows.
+    pub gemv: Vec<Gemv>,
+    /// Experts of 1, 2, 4 and 8 rows, as far as a block has room for them.
+    pub moe: Vec<MoeDecode>,
+    /// Long steps in published numerics, where the sizes allow it.
+    pub long: Option<Long>,
+    /// kv_rows, query_heads, index_queries, store_rings.
+    pub kv: [Kernel; 4],
+    /// Compressors of entries.
+    pub compress: ByRatio<Kernel>,
+    /// Compressor of index entries.
+    pub compress_index: Option<Kernel>,
+    /// index_score, index_select.
+    pub indexer: Option<[Kernel; 2]>,
+    /// attend, attend_merge.
+    pub attend: ByRatio<[Kernel; 2]>,
+}
+
+/// Kernels for many rows.
+pub struct Long {
+    /// gemm_fp8.
+    pub fp8: Kernel,
+    /// fake_quant.
+    pub fake_quant: Kernel,
+    /// gemm_bf16.
+    pub bf16: Kernel,
+    /// The experts.
+    pub experts: Prefill,
+}
+
+impl Kernels {
+    /// Walks through all units of a rank in a fixed order; `load` gives the kernels of each, in the unit's order.
+    pub fn walk<E>(
+        config: &ModelConfig,
+        tp: Tp,
+        numerics: Numerics,
+        mut load: impl FnMut(&Unit) -> Result<Vec<Kernel>, E>,
+    ) -> Result<Kernels, E> {
+        let s = Shape::new(config, tp);
+        let drafts = draft_stages(config);
+        let ratios: Vec<u32> = layers(config).iter().chain(&drafts).map(|l| l.ratio).collect();
+        let hc_shape =
+            HcShape { hidden: s.hidden, streams: s.streams, sinkhorn_iters: config.hc_sinkhorn_iters as u32 };
+        let embedding = take(load(&embedding::unit(s.hidden as usize, s.streams as usize, numerics))?);
+        let [q_norm] = take(load(&rms_norm::unit(s.q_rank as usize, numerics))?);
+        let hidden_norm = match drafts.is_empty() {
+            true => None,
+            false => load(&rms_norm::unit(s.hidden as usize, numerics))?.first().copied(),
+        };
+        let [mix, mix_tiled, collapse, finish, head] = take(load(&hc::unit(hc_shape, numerics))?);
+        let [route] = take(load(&router::unit(s.experts as usize, s.chosen as usize, numerics))?);
+        let point = GemvPoint::DEFAULT;
+        let mut gemvs = Vec::new();
+        for rows in ROWS {
+            let [kernel] = take(load(&gemv::unit(rows, point, numerics))?);
+            gemvs.push(Gemv { kernel, rows, point, numerics });
+        }
+        let experts = Experts { hidden: s.hidden, inner: s.inner, chosen: s.chosen };
+        let point = MoePoint::DEFAULT;
+        let mut moe = Vec::new();
+        for rows in ROWS.into_iter().filter(|rows| point.legal(experts, *rows, numerics)) {
+            let [up, down] = take(load(&decode::unit(experts, rows, point, numerics))?);
+            moe.push(MoeDecode { up, down, experts, rows, point, numerics });
+        }
+        let long = match numerics == Numerics::Published && Long::is_possible(&s) {
+            true => Some(Long::walk(&s, &mut load)?),
+            false => None,
+        };
+        let sizes = kv::Sizes {
+            head_dim: s.head_dim,
+            rope: s.rope,
+            index_dim: s.index_dim,
+            capacity: state::window_capacity(s.window),
+        };
+        let kv = take(load(&kv::unit(sizes, numerics))?);
+        let (mut compress, mut attend) = ([None; 3], [None; 3]);
+        for ratio in [0, 4, 128].into_iter().filter(|ratio| ratios.contains(ratio)) {
+            if ratio != 0 {
+                let [kernel] = take(load(&kv::compress_unit(s.compressor(ratio, false), numerics))?);
+                compress[ratio_index(ratio)] = Some(kernel);
+            }
+            attend[ratio_index(ratio)] = Some(take(load(&sparse_attention::unit(s.attention(ratio), numerics))?));
+        }
+        let (mut compress_index, mut index) = (None, None);
+        if ratios.contains(&4) {
+            compress_index = load(&kv::compress_unit(s.compressor(4, true), numerics))?.first().copied();
+            index = Some(take(load(&indexer::unit(s.indexer(), numerics))?));
+        }
+        Ok(Kernels {
+            embedding,
+            q_norm,
+            hidden_norm,
+            hc: HcKernels { shape: hc_shape, mix, mix_tiled, collapse, finish, head },
+            route,
+            gemv: gemvs,
+            moe,
+            long,
+            kv,
+            compress: ByRatio(compress),
+            compress_index,
+            indexer: index,
+            attend: ByRatio(attend),
+        })
+    }
+
+    /// Compiles all units of a rank for the emulator into `dir`, where they are not there yet, and loads them.
+    ///
+    /// Errors: no C++ compiler, or it fails.
+    pub fn emulated(
+        gpu: &dyn Gpu,
+        config: &ModelConfig,
+        tp: Tp,
+        numerics: Numerics,
+        dir: &Path,
+    ) -> Result<Kernels, DeviceError> {
+        let units = Kernels::units(config, tp, numerics);
+        let images: Result<Vec<Image>, DeviceError> = units.par_iter().map(|u| emulated::compile(u, dir)).collect();
+        let mut images = images?.into_iter();
+        Kernels::walk(config, tp, numerics, |unit| {
+            let image = images.next().unwrap_or_else(|| panic!("no image of unit {}", unit.family));
+            load(gpu, unit, &image)
+        })
+    }
+
+    /// Compiles all units of a rank for the GPU that is there, and loads them. Errors: the compiler's, the GPU's.
+    pub fn compiled(
+        gpu: &dyn Gpu,
+        config: &ModelConfig,
+        tp: Tp,
+        numerics: Numerics,
+        nvrtc: &Nvrtc,
+    ) -> Result<Kernels, DeviceError> {
+        let (major, minor) = gpu.facts().capability;
+        let arch = format!("sm_{major}{minor}a");
+        Kernels::walk(config, tp, numerics, |unit| {
+            let (cubin, _) = nvrtc.compile(unit, &arch)?;
+            load(gpu, unit, &Image::Cubin(cubin))
+        })
+    }
+
+    /// All units of a rank.
+    pub fn units(config: &ModelConfig, tp: Tp, numerics: Numerics) -> Vec<Unit> {
+        let mut units = Vec::new();
+        let record = |unit: &Unit| -> Result<Vec<Kernel>, std::convert::Infallible> {
+            units.push(unit.clone());
+            Ok(vec![Kernel(0); unit.kernels.len()])
+        };
+        match Kernels::walk(config, tp, numerics, record) {
+            Ok(_) => units,
+            Err(never) => match never {},
+        }
+    }
+}
+
+impl Shape {
+    /// The indexer.
+    pub fn indexer(&self) -> indexer::Sizes {
+        indexer::Sizes {
+            heads: self.index_heads,
+            width: self.index_dim,
+            topk: self.topk,
+            ratio: 4,
+            per_page: per_page(4),
+        }
+    }
+
+    /// The experts of long steps.
+    pub fn moe_sizes(&self) -> MoeSizes {
+        MoeSizes { hidden: self.hidden, inner: self.inner, experts: self.experts, top_k: self.chosen }
+    }
+}
+
+impl Long {
+    /// Whole groups of quantised activations everywhere.
+    fn is_possible(s: &Shape) -> bool {
+        let widths = [s.hidden, s.q_rank, s.groups * s.o_rank, s.inner];
+        widths.iter().all(|w| w.is_multiple_of(128)) && s.o_rank.is_multiple_of(64)
+    }
+
+    fn walk<E>(s: &Shape, load: &mut impl FnMut(&Unit) -> Result<Vec<Kernel>, E>) -> Result<Long, E> {
+        let [fp8, fake_quant] = take(load(&gemm::unit(Format::Fp8, GemmPoint::default_for(Format::Fp8)))?);
+        let [bf16] = take(load(&gemm::unit(Format::Bf16, GemmPoint::default_for(Format::Bf16)))?);
+        let (sizes, point) = (s.moe_sizes(), prefill::DEFAULT_POINT);
+        let unit = prefill::unit(sizes, point);
+        let loaded = load(&unit)?;
+        let kernel = |name: &str| {
+            let at = unit.kernels.iter().position(|(k, _)| k == name).unwrap_or_else(|| panic!("no kernel {name}"));
+            loaded[at]
+        };
+        Ok(Long { fp8, fake_quant, bf16, experts: Prefill::new(sizes, point, kernel) })
+    }
+}
+
+/// The kernels of a compiled unit, in its order. Errors: one is not in its image.
+pub fn load(gpu: &dyn Gpu, unit: &Unit, image: &Image) -> Result<Vec<Kernel>, DeviceError> {
+    let names: Vec<(&str, u32)> = unit.kernels.iter().map(|(name, shared)| (name.as_str(), *shared)).collect();
+    gpu.load(image, &names)
+}
+
+/// As many as there must be: units list their kernels, and loading gives one for each.
+fn take<T, const N: usize>(list: Vec<T>) -> [T; N] {
+    let found = list.len();
+    list.try_into().unwrap_or_else(|_| panic!("{found} kernels instead of {N}"))
+}

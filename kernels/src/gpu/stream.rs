@@ -1,0 +1,167 @@
+//! The launches of a step: counted, recorded the first time a step of its kind runs, replayed afterwards.
+//!
+//! Everything that kernels read of a step comes from device memory, so a recording serves every step with the same
+//! [`Key`]. While a recording is replayed, launches do nothing: the operations run through as always, and the whole
+//! graph is launched where the step ends.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use crate::device::unit::Image;
+use crate::device::{DeviceError, Facts, Gpu, Graph, Kernel, Launch, Mark};
+
+/// What launches depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Rows.
+    pub rows: u32,
+    /// Rows whose logits are wanted.
+    pub wanted: u32,
+    /// Draft steps: whether they continue draft streams.
+    pub source: Option<bool>,
+    /// Index entries that any row sees, rounded up.
+    pub entries: u32,
+}
+
+/// What the launches of a step were.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepStats {
+    /// Kernels launched, or in the graph that was.
+    pub launches: u32,
+    /// Whether a graph of an earlier step ran.
+    pub replayed: bool,
+}
+
+#[derive(Clone, Copy)]
+enum Mode {
+    Eager,
+    Recording(Key),
+    Replaying(Graph),
+}
+
+/// A GPU whose launches may be recorded.
+pub struct Stream {
+    gpu: Arc<dyn Gpu>,
+    mode: Mode,
+    /// While a graph is replayed.
+    muted: AtomicBool,
+    launches: AtomicU32,
+    replayed: bool,
+    graphs: HashMap<Key, (Graph, u32)>,
+}
+
+impl Stream {
+    /// Nothing is recorded yet.
+    pub fn new(gpu: Arc<dyn Gpu>) -> Stream {
+        Stream {
+            gpu,
+            mode: Mode::Eager,
+            muted: AtomicBool::new(false),
+            launches: AtomicU32::new(0),
+            replayed: false,
+            graphs: HashMap::new(),
+        }
+    }
+
+    /// Begins a step; with a key it is replayed, or recorded where that is possible.
+    pub fn begin(&mut self, key: Option<Key>) -> Result<(), DeviceError> {
+        self.discard()?;
+        self.replayed = false;
+        self.launches = AtomicU32::new(0);
+        let Some(key) = key else { return Ok(()) };
+        if let Some((graph, launches)) = self.graphs.get(&key) {
+            self.mode = Mode::Replaying(*graph);
+            self.muted = AtomicBool::new(true);
+            self.launches = AtomicU32::new(*launches);
+            self.replayed = true;
+        } else if self.gpu.begin_capture()? {
+            self.mode = Mode::Recording(key);
+        }
+        Ok(())
+    }
+
+    /// Launches what was recorded, or is replayed; launches are eager from here on. With `keep` the recording is
+    /// the whole step and serves later ones.
+    pub fn end(&mut self, keep: bool) -> Result<(), DeviceError> {
+        let graph = match std::mem::replace(&mut self.mode, Mode::Eager) {
+            Mode::Eager => return Ok(()),
+            Mode::Replaying(graph) => graph,
+            Mode::Recording(key) => {
+                let graph = self.gpu.end_capture()?;
+                if keep {
+                    self.graphs.insert(key, (graph, self.launches.load(Ordering::Relaxed)));
+                }
+                graph
+            }
+        };
+        self.muted = AtomicBool::new(false);
+        self.gpu.replay(graph)
+    }
+
+    /// Forgets what a step that failed has recorded.
+    pub fn discard(&mut self) -> Result<(), DeviceError> {
+        self.muted = AtomicBool::new(false);
+        match std::mem::replace(&mut self.mode, Mode::Eager) {
+            Mode::Recording(_) => self.gpu.end_capture().map(|_| ()),
+            Mode::Eager | Mode::Replaying(_) => Ok(()),
+        }
+    }
+
+    /// Of the current or last step.
+    pub fn stats(&self) -> StepStats {
+        StepStats { launches: self.launches.load(Ordering::Relaxed), replayed: self.replayed }
+    }
+}
+
+impl Gpu for Stream {
+    fn facts(&self) -> &Facts {
+        self.gpu.facts()
+    }
+    fn alloc(&self, bytes: u64) -> Result<u64, DeviceError> {
+        self.gpu.alloc(bytes)
+    }
+    fn free(&self, at: u64) {
+        self.gpu.free(at);
+    }
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        self.gpu.write(at, bytes)
+    }
+    fn read(&self, at: u64, out: &mut [u8]) -> Result<(), DeviceError> {
+        self.gpu.read(at, out)
+    }
+    fn fill(&self, at: u64, byte: u8, bytes: u64) -> Result<(), DeviceError> {
+        self.gpu.fill(at, byte, bytes)
+    }
+    fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), DeviceError> {
+        self.gpu.copy(to, from, bytes)
+    }
+    fn load(&self, image: &Image, kernels: &[(&str, u32)]) -> Result<Vec<Kernel>, DeviceError> {
+        self.gpu.load(image, kernels)
+    }
+    fn launch(&self, kernel: Kernel, shape: Launch, args: &[u8]) -> Result<(), DeviceError> {
+        if self.muted.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        self.launches.fetch_add(1, Ordering::Relaxed);
+        self.gpu.launch(kernel, shape, args)
+    }
+    fn sync(&self) -> Result<(), DeviceError> {
+        self.gpu.sync()
+    }
+    fn begin_capture(&self) -> Result<bool, DeviceError> {
+        self.gpu.begin_capture()
+    }
+    fn end_capture(&self) -> Result<Graph, DeviceError> {
+        self.gpu.end_capture()
+    }
+    fn replay(&self, graph: Graph) -> Result<(), DeviceError> {
+        self.gpu.replay(graph)
+    }
+    fn mark(&self) -> Result<Mark, DeviceError> {
+        self.gpu.mark()
+    }
+    fn seconds_between(&self, from: Mark, to: Mark) -> Result<f64, DeviceError> {
+        self.gpu.seconds_between(from, to)
+    }
+}
