@@ -136,12 +136,13 @@ pub fn compile(unit: &Unit, dir: &Path) -> Result<Image, DeviceError> {
 
 /// Options of the compiler. No instruction set changes a result: nothing is contracted.
 fn flags() -> Vec<&'static str> {
-    let mut flags = vec!["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-w", "-DDSV4_EMULATED"];
+    let portable = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-w", "-DDSV4_EMULATED"];
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
-        flags.extend(["-mavx2", "-mf16c"]);
-    }
-    flags
+    let wide = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c");
+    #[cfg(not(target_arch = "x86_64"))]
+    let wide = false;
+    let of_this_machine: &[&str] = if wide { &["-mavx2", "-mf16c"] } else { &[] };
+    [&portable, of_this_machine].concat()
 }
 
 /// Only names files of a cache that is thrown away.
