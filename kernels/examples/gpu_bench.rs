@@ -222,7 +222,10 @@ fn flag<T: std::str::FromStr>(args: &[String], name: &str) -> Option<T> {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().collect();
-    let text = std::fs::read_to_string(&args[1])?;
+    let [_, config_file, nvrtc_dir, ..] = &args[..] else {
+        return Err("usage: gpu_bench CONFIG.json NVRTC_DIR [--tp 2] [--layers N] [--chunk 2048] [--profile]".into());
+    };
+    let text = std::fs::read_to_string(config_file)?;
     let text = match flag::<u32>(&args, "--layers") {
         Some(layers) => ModelConfig::keep_layers(&text, &(0..layers).collect::<Vec<_>>())?,
         None => text,
@@ -240,7 +243,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         facts.memory_bytes as f64 / (1u64 << 30) as f64
     );
 
-    let nvrtc = Nvrtc::open(Path::new(&args[2]))?;
+    let nvrtc = Nvrtc::open(Path::new(nvrtc_dir))?;
     let arch = format!("sm_{}{}a", facts.capability.0, facts.capability.1);
     let started = std::time::Instant::now();
     let kernels = Kernels::walk(&config, tp, Numerics::Published, |unit| {

@@ -1,4 +1,5 @@
-//! Every unit that a rank needs compiles for the GPU, without spills, within a block's shared memory.
+//! Kernels compile without a GPU: always to the same bytes, and every unit that a rank needs without spills, within a
+//! block's shared memory.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,6 +11,7 @@ use dsv4_kernels::device::nvrtc::Nvrtc;
 use dsv4_kernels::device::unit::Unit;
 use dsv4_kernels::gpu::kernels::Kernels;
 use dsv4_kernels::numerics::Numerics;
+use dsv4_kernels::ops::rms_norm;
 use dsv4_model::{ModelConfig, Tp};
 
 const ARCH: &str = "sm_121a";
@@ -17,6 +19,7 @@ const ARCH: &str = "sm_121a";
 const SHARED_MAX: u32 = 101_376;
 const THREADS: usize = 2;
 
+/// Where `scripts/setup cuda` puts it.
 fn nvrtc() -> Option<Nvrtc> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/nvrtc");
     match Nvrtc::open(&dir) {
@@ -93,4 +96,28 @@ compile! {
     nano_float, "../../tests/nano/config.json", Float;
     tiny_published, "../../tests/tiny/config.json", Published;
     tiny_float, "../../tests/tiny/config.json", Float;
+}
+
+#[test]
+fn the_same_text_gives_the_same_bytes() {
+    let (Some(first), Some(again)) = (nvrtc(), nvrtc()) else { return };
+    let unit = rms_norm::unit(4096, Numerics::Published);
+    for arch in ["sm_90a", "sm_121a"] {
+        let (cubin, log) = first.compile(&unit, arch).unwrap();
+        assert!(log.contains("0 bytes spill stores"), "{log}");
+        assert_eq!(cubin[..4], *b"\x7fELF");
+        assert!(again.compile(&unit, arch).unwrap().0 == cubin);
+        assert_ne!(unit.key(arch), unit.key("sm_90"));
+    }
+}
+
+#[test]
+fn a_unit_that_does_not_compile_says_why() {
+    let Some(nvrtc) = nvrtc() else { return };
+    let mut unit = rms_norm::unit(4096, Numerics::Float);
+    unit.source = "KERNEL(rms_norm, RmsNormArgs, THREADS) { missing(a.x); }";
+    let error = nvrtc.compile(&unit, "sm_90a").unwrap_err().to_string();
+    assert!(error.contains("missing") && error.contains("rms_norm"), "{error}");
+    let error = nvrtc.compile(&rms_norm::unit(4096, Numerics::Float), "sm_1").unwrap_err().to_string();
+    assert!(error.contains("sm_1"), "{error}");
 }
