@@ -21,6 +21,7 @@ use dsv4_kernels::gpu::kernels::Kernels;
 use dsv4_kernels::gpu::weights::DeviceWeights;
 use dsv4_kernels::gpu::{GpuBackend, GpuOptions};
 use dsv4_kernels::numerics::Numerics;
+use dsv4_kernels::tuning::Tuning;
 use dsv4_model::layout::Format;
 use dsv4_model::ops::{Segment, Step};
 use dsv4_model::tensors::{Block, Kind, TensorRow, table};
@@ -244,9 +245,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     );
 
     let nvrtc = Nvrtc::open(Path::new(nvrtc_dir))?;
-    let arch = format!("sm_{}{}a", facts.capability.0, facts.capability.1);
+    let arch = facts.arch();
     let started = std::time::Instant::now();
-    let kernels = Kernels::walk(&config, tp, Numerics::Published, |unit| {
+    let kernels = Kernels::walk(&config, tp, Numerics::Published, &Tuning::for_arch(&arch), |unit| {
         let image = Image::Cubin(nvrtc.compile(unit, &arch)?.0);
         let names: Vec<(&str, u32)> = unit.kernels.iter().map(|(n, s)| (n.as_str(), *s)).collect();
         gpu.load(&image, &names)

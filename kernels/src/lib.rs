@@ -16,4 +16,5 @@ pub mod ops;
 pub mod reference;
 pub mod simd;
 pub mod state;
+pub mod tuning;
 pub mod weights;

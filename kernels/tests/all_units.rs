@@ -12,6 +12,7 @@ use dsv4_kernels::device::unit::Unit;
 use dsv4_kernels::gpu::kernels::Kernels;
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::ops::rms_norm;
+use dsv4_kernels::tuning::Tuning;
 use dsv4_model::{ModelConfig, Tp};
 
 const ARCH: &str = "sm_121a";
@@ -52,7 +53,7 @@ fn check(unit: &Unit, log: &str) -> (Option<String>, String) {
 fn compile_all(name: &str, config: &str, numerics: Numerics) {
     let Some(nvrtc) = nvrtc() else { return };
     let config = ModelConfig::parse(config).unwrap();
-    let units = Kernels::units(&config, Tp::new(0, 2).unwrap(), numerics);
+    let units = Kernels::units(&config, Tp::new(0, 2).unwrap(), numerics, &Tuning::for_arch("sm_121a"));
     let (next, wrong, lines) = (AtomicUsize::new(0), Mutex::new(Vec::new()), Mutex::new(BTreeMap::new()));
     let begin = Instant::now();
     std::thread::scope(|scope| {

@@ -15,6 +15,7 @@ use dsv4_kernels::gpu::{Activation, GpuBackend, GpuError, GpuOptions, Streams};
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::ops::Mat;
 use dsv4_kernels::reference::Streams as CpuStreams;
+use dsv4_kernels::tuning::Tuning;
 use dsv4_model::forward::layer;
 use dsv4_model::ops::{Backend, Done, Segment, Site, Step};
 use dsv4_model::{Model, ModelConfig, Tp};
@@ -53,10 +54,11 @@ fn can_run() -> bool {
 
 fn kernels(gpu: &dyn Gpu, config: &ModelConfig, tp: Tp, numerics: Numerics) -> Result<Kernels, DeviceError> {
     let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
+    let tuning = Tuning::for_arch(&gpu.facts().arch());
     if gpu.facts().capability == (0, 0) {
-        return Kernels::emulated(gpu, config, tp, numerics, &built.join("emulated"));
+        return Kernels::emulated(gpu, config, tp, numerics, &tuning, &built.join("emulated"));
     }
-    Kernels::compiled(gpu, config, tp, numerics, &Nvrtc::open(&built.join("nvrtc"))?)
+    Kernels::compiled(gpu, config, tp, numerics, &tuning, &Nvrtc::open(&built.join("nvrtc"))?)
 }
 
 /// A rank on a GPU.

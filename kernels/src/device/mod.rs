@@ -33,6 +33,14 @@ pub struct Facts {
     pub memory_bytes: u64,
 }
 
+impl Facts {
+    /// What its kernels are compiled for, as compilers name it: `sm_121a`.
+    pub fn arch(&self) -> String {
+        let (major, minor) = self.capability;
+        format!("sm_{major}{minor}a")
+    }
+}
+
 /// Shape of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {

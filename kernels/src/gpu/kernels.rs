@@ -14,12 +14,13 @@ use crate::device::{DeviceError, Gpu, Kernel, emulated};
 use crate::gpu::state;
 use crate::numerics::Numerics;
 use crate::ops::dense_gemm::gemm::{self, GemmPoint};
-use crate::ops::dense_gemm::gemv::{self, Gemv, GemvPoint};
+use crate::ops::dense_gemm::gemv::{self, Gemv};
 use crate::ops::hyper_connection::{self as hc, HcKernels, HcShape};
 use crate::ops::kv::{self, CompressSizes};
-use crate::ops::moe_gemm::decode::{self, Experts, MoeDecode, MoePoint};
+use crate::ops::moe_gemm::decode::{self, Experts, MoeDecode};
 use crate::ops::moe_gemm::prefill::{self, MoeSizes, Prefill};
 use crate::ops::{embedding, indexer, rms_norm, router, sparse_attention};
+use crate::tuning::Tuning;
 
 /// Rows up to which a step streams weights past a few rows; longer steps multiply tiles.
 pub const DECODE_ROWS: u32 = 16;
@@ -170,12 +171,12 @@ pub struct Kernels {
 
 /// Kernels for many rows.
 pub struct Long {
-    /// gemm_fp8.
-    pub fp8: Kernel,
+    /// gemm_fp8, and its tiles.
+    pub fp8: (Kernel, GemmPoint),
     /// fake_quant.
     pub fake_quant: Kernel,
-    /// gemm_bf16.
-    pub bf16: Kernel,
+    /// gemm_bf16, and its tiles.
+    pub bf16: (Kernel, GemmPoint),
     /// The experts.
     pub experts: Prefill,
 }
@@ -186,6 +187,7 @@ impl Kernels {
         config: &ModelConfig,
         tp: Tp,
         numerics: Numerics,
+        tuning: &Tuning,
         mut load: impl FnMut(&Unit) -> Result<Vec<Kernel>, E>,
     ) -> Result<Kernels, E> {
         let s = Shape::new(config, tp);
@@ -201,21 +203,21 @@ impl Kernels {
         };
         let [mix, mix_tiled, collapse, finish, head] = take(load(&hc::unit(hc_shape, numerics))?);
         let [route] = take(load(&router::unit(s.experts as usize, s.chosen as usize, numerics))?);
-        let point = GemvPoint::DEFAULT;
+        let point = tuning.gemv;
         let mut gemvs = Vec::new();
         for rows in ROWS {
             let [kernel] = take(load(&gemv::unit(rows, point, numerics))?);
             gemvs.push(Gemv { kernel, rows, point, numerics });
         }
         let experts = Experts { hidden: s.hidden, inner: s.inner, chosen: s.chosen };
-        let point = MoePoint::DEFAULT;
+        let point = tuning.moe;
         let mut moe = Vec::new();
         for rows in ROWS.into_iter().filter(|rows| point.legal(experts, *rows, numerics)) {
             let [up, down] = take(load(&decode::unit(experts, rows, point, numerics))?);
             moe.push(MoeDecode { up, down, experts, rows, point, numerics });
         }
         let long = match numerics == Numerics::Published && Long::is_possible(&s) {
-            true => Some(Long::walk(&s, &mut load)?),
+            true => Some(Long::walk(&s, tuning, &mut load)?),
             false => None,
         };
         let sizes = kv::Sizes {
@@ -263,12 +265,13 @@ impl Kernels {
         config: &ModelConfig,
         tp: Tp,
         numerics: Numerics,
+        tuning: &Tuning,
         dir: &Path,
     ) -> Result<Kernels, DeviceError> {
-        let units = Kernels::units(config, tp, numerics);
+        let units = Kernels::units(config, tp, numerics, tuning);
         let images: Result<Vec<Image>, DeviceError> = units.par_iter().map(|u| emulated::compile(u, dir)).collect();
         let mut images = images?.into_iter();
-        Kernels::walk(config, tp, numerics, |unit| {
+        Kernels::walk(config, tp, numerics, tuning, |unit| {
             let image = images.next().unwrap_or_else(|| panic!("no image of unit {}", unit.family));
             load(gpu, unit, &image)
         })
@@ -280,24 +283,24 @@ impl Kernels {
         config: &ModelConfig,
         tp: Tp,
         numerics: Numerics,
+        tuning: &Tuning,
         nvrtc: &Nvrtc,
     ) -> Result<Kernels, DeviceError> {
-        let (major, minor) = gpu.facts().capability;
-        let arch = format!("sm_{major}{minor}a");
-        Kernels::walk(config, tp, numerics, |unit| {
+        let arch = gpu.facts().arch();
+        Kernels::walk(config, tp, numerics, tuning, |unit| {
             let (cubin, _) = nvrtc.compile(unit, &arch)?;
             load(gpu, unit, &Image::Cubin(cubin))
         })
     }
 
     /// All units of a rank.
-    pub fn units(config: &ModelConfig, tp: Tp, numerics: Numerics) -> Vec<Unit> {
+    pub fn units(config: &ModelConfig, tp: Tp, numerics: Numerics, tuning: &Tuning) -> Vec<Unit> {
         let mut units = Vec::new();
         let record = |unit: &Unit| -> Result<Vec<Kernel>, std::convert::Infallible> {
             units.push(unit.clone());
             Ok(vec![Kernel(0); unit.kernels.len()])
         };
-        match Kernels::walk(config, tp, numerics, record) {
+        match Kernels::walk(config, tp, numerics, tuning, record) {
             Ok(_) => units,
             Err(never) => match never {},
         }
@@ -329,16 +332,17 @@ impl Long {
         widths.iter().all(|w| w.is_multiple_of(128)) && s.o_rank.is_multiple_of(64)
     }
 
-    fn walk<E>(s: &Shape, load: &mut impl FnMut(&Unit) -> Result<Vec<Kernel>, E>) -> Result<Long, E> {
-        let [fp8, fake_quant] = take(load(&gemm::unit(Format::Fp8, GemmPoint::default_for(Format::Fp8)))?);
-        let [bf16] = take(load(&gemm::unit(Format::Bf16, GemmPoint::default_for(Format::Bf16)))?);
-        let (sizes, point) = (s.moe_sizes(), prefill::DEFAULT_POINT);
+    fn walk<E>(s: &Shape, tuning: &Tuning, load: &mut impl FnMut(&Unit) -> Result<Vec<Kernel>, E>) -> Result<Long, E> {
+        let [fp8, fake_quant] = take(load(&gemm::unit(Format::Fp8, tuning.gemm_fp8))?);
+        let [bf16] = take(load(&gemm::unit(Format::Bf16, tuning.gemm_bf16))?);
+        let (sizes, point) = (s.moe_sizes(), tuning.experts);
         let unit = prefill::unit(sizes, point);
         let loaded = load(&unit)?;
         let kernel = |name: &str| {
             let at = unit.kernels.iter().position(|(k, _)| k == name).unwrap_or_else(|| panic!("no kernel {name}"));
             loaded[at]
         };
+        let (fp8, bf16) = ((fp8, tuning.gemm_fp8), (bf16, tuning.gemm_bf16));
         Ok(Long { fp8, fake_quant, bf16, experts: Prefill::new(sizes, point, kernel) })
     }
 }

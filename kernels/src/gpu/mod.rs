@@ -5,9 +5,12 @@
 //! [`GpuBackend::begin`]; the operations launch and return, and the host waits where ranks exchange sums and where
 //! logits are read. Steps of few rows are recorded once and replayed ([`stream`]).
 
+mod attention;
+mod experts;
 mod forward;
 pub mod kernels;
 mod products;
+mod residual;
 pub mod state;
 mod step;
 pub mod stream;

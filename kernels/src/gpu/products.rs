@@ -8,7 +8,7 @@ use crate::device::{DeviceError, In, Out};
 use crate::gpu::GpuBackend;
 use crate::gpu::kernels::{DECODE_ROWS, Long};
 use crate::gpu::weights::DeviceMatrix;
-use crate::ops::dense_gemm::gemm::{self, BF16, FLAG_F32, FP8, FakeQuantArgs, GemmPoint, GemmSeg};
+use crate::ops::dense_gemm::gemm::{self, BF16, FLAG_F32, FP8, FakeQuantArgs, GemmSeg};
 use crate::ops::dense_gemm::gemv::{Gemv, SEGMENTS_MAX, Segment};
 
 /// `y = x . W^T` for some rows of a stored matrix.
@@ -146,8 +146,7 @@ impl GpuBackend {
                 first_block: 0,
             });
         }
-        for (kernel, format, segments) in [(long.fp8, Format::Fp8, fp8), (long.bf16, Format::Bf16, bf16)] {
-            let point = GemmPoint::default_for(format);
+        for ((kernel, point), format, segments) in [(long.fp8, Format::Fp8, fp8), (long.bf16, Format::Bf16, bf16)] {
             gemm::launch(&self.stream, kernel, format, point, rows, &segments)?;
         }
         Ok(())

@@ -3,6 +3,8 @@
 //! `x` comes fake-quantised where the weight wants it ([`launch_fake_quant`]); all sums of a row are in an order
 //! that depends neither on the number of rows nor on the other rows.
 
+use serde::{Deserialize, Serialize};
+
 use dsv4_model::layout::{Format, TILE};
 
 use crate::device::args::{Act, U8};
@@ -47,7 +49,8 @@ kernel_args! {
 }
 
 /// A choice of tiles.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct GemmPoint {
     /// Rows of `x` of a block.
     pub tokens: u32,

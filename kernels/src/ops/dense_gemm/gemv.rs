@@ -3,6 +3,8 @@
 //! Owns the launch of `gemv.cu`: which blocks take which tiles of which matrix, and how much shared memory they need.
 //! A row's result does not depend on the other rows, on their number, nor on [`Segment`]s beside its own.
 
+use serde::{Deserialize, Serialize};
+
 use dsv4_model::layout::Format;
 
 use crate::device::args::{Act, U8};
@@ -65,7 +67,8 @@ pub struct Segment {
 }
 
 /// What can be tuned. `warps` also decides the order of sums: it is one for all of a machine's kernels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct GemvPoint {
     /// Warps of a block.
     pub warps: u32,

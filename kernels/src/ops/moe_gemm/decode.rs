@@ -2,6 +2,8 @@
 //!
 //! Owns the launches of `decode.cu`. A row's result does not depend on the other rows nor on their number.
 
+use serde::{Deserialize, Serialize};
+
 use dsv4_model::layout::{Format, MatrixLayout};
 
 use crate::device::args::{Act, F32, U8, U32};
@@ -44,7 +46,8 @@ impl Experts {
 }
 
 /// What can be tuned. `warps` also decides the order of sums: it is one for all of a machine's kernels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MoePoint {
     /// Warps of a block.
     pub warps: u32,
