@@ -6,14 +6,16 @@ use std::time::Instant;
 
 use dsv4_kernels::collective::{Alone, Collective};
 use dsv4_kernels::device::cuda::Cuda;
-use dsv4_kernels::device::emulated::Emulated;
+use dsv4_kernels::device::emulated::{self, Emulated};
 use dsv4_kernels::device::nvrtc::Nvrtc;
+use dsv4_kernels::device::unit::Unit;
 use dsv4_kernels::device::{DeviceError, Gpu};
-use dsv4_kernels::gpu::kernels::Kernels;
+use dsv4_kernels::gpu::kernels::{Kernels, load};
 use dsv4_kernels::gpu::weights::{DeviceWeights, upload_arena};
 use dsv4_kernels::gpu::{Activation, GpuBackend, GpuError, GpuOptions, Streams};
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::ops::Mat;
+use dsv4_kernels::ops::dense_gemm::native;
 use dsv4_kernels::reference::Streams as CpuStreams;
 use dsv4_kernels::tuning::Tuning;
 use dsv4_model::forward::layer;
@@ -63,6 +65,17 @@ fn kernels(gpu: &dyn Gpu, config: &ModelConfig, tp: Tp, numerics: Numerics) -> R
 
 /// A rank on a GPU.
 fn rank_of(artifact: &Path, collective: Box<dyn Collective>, numerics: Numerics, options: GpuOptions) -> GpuBackend {
+    rank_with(artifact, collective, numerics, options, |gpu, config, tp| kernels(gpu, config, tp, numerics))
+}
+
+/// The same with other kernels.
+fn rank_with(
+    artifact: &Path,
+    collective: Box<dyn Collective>,
+    numerics: Numerics,
+    options: GpuOptions,
+    kernels: impl FnOnce(&dyn Gpu, &ModelConfig, Tp) -> Result<Kernels, DeviceError>,
+) -> GpuBackend {
     let opened = open(artifact).unwrap_or_else(|e| panic!("{e}"));
     let config = opened.config.clone();
     let tp = Tp::new(collective.rank(), opened.artifact.manifest().tp).unwrap();
@@ -75,7 +88,7 @@ fn rank_of(artifact: &Path, collective: Box<dyn Collective>, numerics: Numerics,
     let gpu = device().expect("a GPU, as before");
     let arena = upload_arena(&gpu, &arena).unwrap();
     let weights = DeviceWeights::new(&gpu, &config, tp, arena, place).unwrap_or_else(|e| panic!("{e}"));
-    let kernels = kernels(gpu.as_ref(), &config, tp, numerics).unwrap_or_else(|e| panic!("{e}"));
+    let kernels = kernels(gpu.as_ref(), &config, tp).unwrap_or_else(|e| panic!("{e}"));
     GpuBackend::new(gpu, config, tp, numerics, weights, kernels, collective, options).unwrap()
 }
 
@@ -292,6 +305,48 @@ fn nano_is_that_of_the_cpu() {
         println!("{} against the CPU: KL mean {divergence:.1e}", numerics.name());
         let bound = if numerics == Numerics::Float { 1e-8 } else { KL_MEAN };
         assert!(divergence < bound, "{}: KL {divergence} exceeds {bound}", numerics.name());
+    }
+}
+
+/// Portable kernels whose quantised activations are all zero.
+fn broken(unit: &Unit) -> Unit {
+    let zero = unit.source.replace("e4m3_round(", "0.0f * e4m3_round(");
+    let portable = ["gemm", "moe_prefill"].contains(&unit.family);
+    Unit { source: if portable { String::leak(zero) } else { unit.source }, ..unit.clone() }
+}
+
+/// Long steps on the block-scaled tensor cores that only sm_121a has, against the portable kernels. The portable ones of
+/// the same rank are broken: every quantised product is a block-scaled one.
+#[test]
+fn block_scaled_products_are_the_portable_ones() {
+    if device().is_none_or(|gpu| gpu.facts().capability != (0, 0)) {
+        return;
+    }
+    let mut clock = Clock::start();
+    let tokens = &golden::prompt("mid")[..93];
+    for packed in [Packed::tiny(1), Packed::nano(1)] {
+        let numerics = Numerics::Published;
+        let b = rank_with(packed.path(), Box::new(Alone), numerics, OPTIONS, |gpu, config, tp| {
+            let tuning = Tuning::for_arch(native::ARCH);
+            let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/emulated");
+            Kernels::walk(config, tp, numerics, &tuning, |unit| {
+                let unit = broken(unit);
+                load(gpu, &unit, &emulated::compile(&unit, &built)?)
+            })
+        });
+        b.verdicts().iter().for_each(|v| println!("{v}"));
+        assert_eq!(b.verdicts().len(), 2);
+        assert!(b.verdicts().iter().all(|v| v.accepted()));
+        assert!(b.verdicts()[0].portable > 0.1, "broken");
+        let found = Rank::new(b).logits(0, tokens, &[64, 29]);
+        clock.lap("block-scaled");
+        let mut portable = Rank::alone(&packed, numerics);
+        assert!(portable.backend.verdicts().is_empty());
+        let expected = portable.logits(0, tokens, &[64, 29]);
+        clock.lap("portable");
+        let divergence = mean_kl(&found, &expected);
+        println!("KL mean {divergence:.1e}, the same bits: {}", found == expected);
+        assert!(divergence < KL_MEAN, "KL {divergence} exceeds {KL_MEAN}");
     }
 }
 

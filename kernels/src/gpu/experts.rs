@@ -102,6 +102,9 @@ impl GpuBackend {
             pair_count: rows * s.chosen,
         };
         long.experts.sort(stream, sort)?;
+        if let Some(native) = &long.native {
+            return self.experts_native(long, native, x, layer);
+        }
         self.fake_quant(long, rows, s.hidden, (x.at, x.cols))?;
         let (w1, shared_w1) = (w(Kind::W1), w(Kind::SharedW1));
         let mid = work.mid.at();

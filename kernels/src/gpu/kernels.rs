@@ -15,9 +15,11 @@ use crate::gpu::state;
 use crate::numerics::Numerics;
 use crate::ops::dense_gemm::gemm::{self, GemmPoint};
 use crate::ops::dense_gemm::gemv::{self, Gemv};
+use crate::ops::dense_gemm::native::{self, Native, NativePoint};
 use crate::ops::hyper_connection::{self as hc, HcKernels, HcShape};
 use crate::ops::kv::{self, CompressSizes};
 use crate::ops::moe_gemm::decode::{self, Experts, MoeDecode};
+use crate::ops::moe_gemm::native::{self as native_moe, NativeExperts};
 use crate::ops::moe_gemm::prefill::{self, MoeSizes, Prefill};
 use crate::ops::{embedding, indexer, rms_norm, router, sparse_attention};
 use crate::tuning::Tuning;
@@ -179,6 +181,16 @@ pub struct Long {
     pub bf16: (Kernel, GemmPoint),
     /// The experts.
     pub experts: Prefill,
+    /// The same on block-scaled tensor cores, where the architecture has them.
+    pub native: Option<NativeLong>,
+}
+
+/// Kernels for many rows that one architecture has.
+pub struct NativeLong {
+    /// FP8 matrices.
+    pub dense: Native,
+    /// The experts.
+    pub experts: NativeExperts,
 }
 
 impl Kernels {
@@ -343,7 +355,26 @@ impl Long {
             loaded[at]
         };
         let (fp8, bf16) = ((fp8, tuning.gemm_fp8), (bf16, tuning.gemm_bf16));
-        Ok(Long { fp8, fake_quant, bf16, experts: Prefill::new(sizes, point, kernel) })
+        let experts = Prefill::new(sizes, point, kernel);
+        let native = match tuning.arch == native::ARCH && native_moe::legal(native_moe::point_for(point)) {
+            true => Some(NativeLong::walk(sizes, tuning, load)?),
+            false => None,
+        };
+        Ok(Long { fp8, fake_quant, bf16, experts, native })
+    }
+}
+
+impl NativeLong {
+    fn walk<E>(
+        sizes: MoeSizes,
+        tuning: &Tuning,
+        load: &mut impl FnMut(&Unit) -> Result<Vec<Kernel>, E>,
+    ) -> Result<NativeLong, E> {
+        let (dense, experts) = (NativePoint::DEFAULT, native_moe::point_for(tuning.experts));
+        Ok(NativeLong {
+            dense: Native::new(dense, take(load(&native::unit(dense))?)),
+            experts: NativeExperts::new(sizes, experts, take(load(&native_moe::unit(sizes, experts))?)),
+        })
     }
 }
 

@@ -9,6 +9,7 @@ mod attention;
 mod experts;
 mod forward;
 pub mod kernels;
+mod native;
 mod products;
 mod residual;
 pub mod state;
@@ -36,6 +37,7 @@ use crate::gpu::weights::DeviceWeights;
 use crate::gpu::workspace::{Need, Workspace};
 use crate::numerics::{Numerics, bf16_round};
 use crate::ops::Mat;
+use crate::ops::dense_gemm::native::Verdict;
 
 /// Why a step failed.
 #[derive(Debug, thiserror::Error)]
@@ -119,6 +121,8 @@ pub struct GpuBackend {
     mix: u64,
     /// The current pass has run to its end.
     whole: bool,
+    /// How the block-scaled kernels of long steps did at the start, where there are any.
+    verdicts: Vec<Verdict>,
     /// Sums of other ranks pass through here.
     exchanged: Vec<f32>,
 }
@@ -133,7 +137,7 @@ impl GpuBackend {
         tp: Tp,
         numerics: Numerics,
         weights: DeviceWeights,
-        kernels: Kernels,
+        mut kernels: Kernels,
         collective: Box<dyn Collective>,
         options: GpuOptions,
     ) -> Result<GpuBackend, DeviceError> {
@@ -144,6 +148,7 @@ impl GpuBackend {
         let shape = Shape::new(&config, tp);
         let act_bytes = if numerics == Numerics::Published { 2 } else { 4 };
         let size = StateSize { slots: options.slots, context: options.context, act_bytes };
+        let verdicts = native::check(&gpu, &mut kernels)?;
         let need = Need::new(&config, shape, numerics, options.rows_max, options.context);
         Ok(GpuBackend {
             state: DeviceState::new(&gpu, &config, size)?,
@@ -154,6 +159,7 @@ impl GpuBackend {
             current: Current::default(),
             mix: 0,
             whole: false,
+            verdicts,
             exchanged: Vec::new(),
             config,
             tp,
@@ -174,6 +180,12 @@ impl GpuBackend {
     /// Launches of the current or last step.
     pub fn stats(&self) -> StepStats {
         self.stream.stats()
+    }
+
+    /// How the block-scaled kernels of long steps did when they were checked at the start; empty where the architecture
+    /// has none. They are used if all are accepted.
+    pub fn verdicts(&self) -> &[Verdict] {
+        &self.verdicts
     }
 
     /// Whether steps of few rows are recorded and replayed from now on.

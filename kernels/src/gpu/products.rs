@@ -53,7 +53,7 @@ impl Product {
     }
 
     /// Address of the first row.
-    fn codes(&self) -> In<U8> {
+    pub(super) fn codes(&self) -> In<U8> {
         In::at(self.w.codes + u64::from(self.first) * self.w.layout.row_bytes)
     }
 }
@@ -115,9 +115,12 @@ impl GpuBackend {
     }
 
     fn multiply_tiles(&self, long: &Long, rows: u32, products: &[Product]) -> Result<(), DeviceError> {
+        if let Some(native) = &long.native {
+            self.multiply_native(native, rows, products)?;
+        }
         let mut rounded = None;
         let (mut fp8, mut bf16) = (Vec::new(), Vec::new());
-        for p in products {
+        for p in products.iter().filter(|p| long.native.is_none() || !p.is_native()) {
             let mut x = (p.x, p.x_stride);
             if p.quantised {
                 if rounded.is_none() {

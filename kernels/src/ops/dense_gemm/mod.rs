@@ -6,6 +6,9 @@ pub(crate) mod gemm_tests;
 pub mod gemv;
 #[cfg(test)]
 pub(crate) mod gemv_tests;
+pub mod native;
+#[cfg(test)]
+pub(crate) mod native_tests;
 mod reference;
 
 pub use reference::*;

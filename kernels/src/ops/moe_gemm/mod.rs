@@ -3,6 +3,9 @@
 pub mod decode;
 #[cfg(test)]
 mod decode_tests;
+pub mod native;
+#[cfg(test)]
+mod native_tests;
 pub mod prefill;
 #[cfg(test)]
 mod prefill_tests;
