@@ -1,10 +1,11 @@
 //! Times one rank of a model on the GPU of this machine, with weights of random codes: decode steps of 1 to 8 rows
 //! at several contexts, and prefill chunks. The other ranks' sums are left out.
 //!
-//!     gpu_bench CONFIG.json NVRTC_DIR [--tp 2] [--layers N] [--chunk 2048] [--profile]
+//!     gpu_bench CONFIG.json NVRTC_DIR [--tp 2] [--layers N] [--chunk 2048] [--profile] [--no-overlap]
 //!
 //! Prints a table: time of a step (replayed graph, and launched one by one), launches, the bytes that it has to read,
-//! and how many times the time that a device copy needs for as many bytes that is.
+//! and how many times the time that a device copy needs for as many bytes that is; whether logits are the same bits
+//! however the step was launched. `--no-overlap` also times graphs whose kernels wait for one another as a whole.
 
 use std::collections::{BTreeMap, HashMap};
 use std::error::Error;
@@ -66,6 +67,15 @@ impl Gpu for Profiled {
         names.extend(loaded.iter().zip(kernels).map(|(kernel, (name, _))| (*kernel, (*name).to_owned())));
         Ok(loaded)
     }
+    fn allow_overlap(&self, kernels: &[Kernel]) {
+        self.gpu.allow_overlap(kernels);
+    }
+    fn set_overlap(&self, on: bool) {
+        self.gpu.set_overlap(on);
+    }
+    fn overlaps(&self) -> bool {
+        self.gpu.overlaps()
+    }
     fn launch(&self, kernel: Kernel, shape: Launch, args: &[u8]) -> Result<(), DeviceError> {
         let mut times = self.times.lock().unwrap();
         let Some(times) = times.as_mut() else { return self.gpu.launch(kernel, shape, args) };
@@ -95,10 +105,13 @@ impl Gpu for Profiled {
 }
 
 impl Profiled {
-    /// Time by kernel of what `run` launches, longest first, seconds.
+    /// Time by kernel of what `run` launches, one kernel at a time, longest first, seconds.
     fn profile<T>(&self, run: impl FnOnce() -> T) -> (T, Vec<(String, u32, f64)>) {
         *self.times.lock().unwrap() = Some(Vec::new());
+        let overlapped = self.overlaps();
+        self.set_overlap(false);
         let result = run();
+        self.set_overlap(overlapped);
         let times = self.times.lock().unwrap().take().unwrap_or_default();
         let names = self.names.lock().unwrap();
         let mut sums: BTreeMap<String, (u32, f64)> = BTreeMap::new();
@@ -185,23 +198,27 @@ fn fill(
     Ok(())
 }
 
-/// Bytes of weights that a step of `rows` rows reads, if no two rows choose the same expert.
-fn step_bytes(config: &ModelConfig, tp: Tp, rows: u64) -> Result<u64, Box<dyn Error>> {
-    let mut sum = 0;
+/// Bytes of weights that a step of `rows` rows reads, if no two rows choose the same expert, by kernel.
+fn step_bytes(config: &ModelConfig, tp: Tp, rows: u64) -> Result<BTreeMap<&'static str, u64>, Box<dyn Error>> {
+    let mut sums = BTreeMap::new();
     for row in table(config) {
         if matches!(row.id.block, Block::Draft(_)) {
             continue;
         }
         let bytes = row.artifact_bytes(tp)?;
-        sum += match row.id.kind {
-            Kind::Embed | Kind::Tid2Eid => 0,
-            Kind::W1 | Kind::W2 | Kind::W3 => {
-                bytes * (rows * config.num_experts_per_tok).min(config.n_routed_experts) / config.n_routed_experts
-            }
-            _ => bytes,
+        let routed = bytes * (rows * config.num_experts_per_tok).min(config.n_routed_experts) / config.n_routed_experts;
+        let (kernel, bytes) = match row.id.kind {
+            Kind::Embed | Kind::Tid2Eid => continue,
+            Kind::W1 | Kind::W3 => ("moe_up", routed),
+            Kind::W2 => ("moe_down", routed),
+            Kind::SharedW1 | Kind::SharedW3 => ("moe_up", bytes),
+            Kind::SharedW2 => ("moe_down", bytes),
+            Kind::HcAttnFn | Kind::HcFfnFn => ("hc_mix", bytes),
+            _ => ("gemv", bytes),
         };
+        *sums.entry(kernel).or_default() += bytes;
     }
-    Ok(sum)
+    Ok(sums)
 }
 
 fn copy_rate(gpu: &dyn Gpu, buffer: &Buffer) -> Result<f64, DeviceError> {
@@ -224,7 +241,10 @@ fn flag<T: std::str::FromStr>(args: &[String], name: &str) -> Option<T> {
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().collect();
     let [_, config_file, nvrtc_dir, ..] = &args[..] else {
-        return Err("usage: gpu_bench CONFIG.json NVRTC_DIR [--tp 2] [--layers N] [--chunk 2048] [--profile]".into());
+        return Err(
+            "usage: gpu_bench CONFIG.json NVRTC_DIR [--tp 2] [--layers N] [--chunk 2048] [--profile] [--no-overlap]"
+                .into(),
+        );
     };
     let text = std::fs::read_to_string(config_file)?;
     let text = match flag::<u32>(&args, "--layers") {
@@ -248,9 +268,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arch = facts.arch();
     let started = std::time::Instant::now();
     let kernels = Kernels::walk(&config, tp, Numerics::Published, &Tuning::for_arch(&arch), |unit| {
-        let image = Image::Cubin(nvrtc.compile(unit, &arch)?.0);
-        let names: Vec<(&str, u32)> = unit.kernels.iter().map(|(n, s)| (n.as_str(), *s)).collect();
-        gpu.load(&image, &names)
+        for (kernel, _) in unit.kernels.iter().filter(|(kernel, _)| !unit.waits(kernel)) {
+            println!("{kernel} of {} does not wait by itself: it never starts early", unit.family);
+        }
+        unit.load(gpu.as_ref(), &Image::Cubin(nvrtc.compile(unit, &arch)?.0))
     })?;
     println!("kernels compiled in {:.1} s", started.elapsed().as_secs_f64());
 
@@ -314,29 +335,67 @@ fn main() -> Result<(), Box<dyn Error>> {
             run(&mut backend, 2)?;
             let graph = run(&mut backend, REPEATS)?;
             let launches = backend.stats().launches;
+            let apart = match args.iter().any(|a| a == "--no-overlap") {
+                true => {
+                    gpu.set_overlap(false);
+                    run(&mut backend, 2)?;
+                    let apart = run(&mut backend, REPEATS)?;
+                    gpu.set_overlap(true);
+                    format!(", {:.1} us without overlap", apart * 1e6)
+                }
+                false => String::new(),
+            };
             backend.set_graphs(false);
             run(&mut backend, 1)?;
             let eager = run(&mut backend, 3)?;
             let (result, profile) = gpu.profile(|| run(&mut backend, 1));
             result?;
             let kernel: f64 = profile.iter().map(|(_, _, t)| t).sum();
-            let floor = step_bytes(&config, tp, rows.into())? as f64 / rate;
+            let bytes = step_bytes(&config, tp, rows.into())?;
+            let floor = bytes.values().sum::<u64>() as f64 / rate;
+            // The same step again and again: replayed, launched one by one, and that without overlap.
+            let fixed = step(start, rows, &mut Noise(7));
+            let mut logits = |graphs: bool, overlap: bool| -> Result<Vec<u32>, Box<dyn Error>> {
+                gpu.set_overlap(overlap);
+                backend.set_graphs(graphs);
+                backend.open(0)?;
+                backend.assume_filled(0, start);
+                backend.begin(fixed.clone(), None)?;
+                let streams = model.trunk(&mut backend)?;
+                Ok(model.logits(&mut backend, &streams)?.data.iter().map(|v| v.to_bits()).collect())
+            };
+            // The first leaves the same rings behind as the others find.
+            logits(false, false)?;
+            let expected = logits(false, false)?;
+            let same = [(false, true), (true, false), (true, true), (true, true), (true, true)]
+                .map(|(graphs, overlap)| logits(graphs, overlap).map(|found| found == expected));
+            let same = same.into_iter().collect::<Result<Vec<bool>, _>>()?;
+            let same = match same.iter().all(|same| *same) {
+                true => "the same bits however launched".into(),
+                false => format!("DIFFERENT BITS: eager, graph apart, graph: {same:?}"),
+            };
+            let finite = expected.iter().all(|bits| f32::from_bits(*bits).is_finite());
             println!(
-                "{start:>8} {rows:>5} {:>10.1} {:>10.1} {launches:>8} {:>9.1} {:>9.1} {:>7.2} {:>9.1}",
+                "{start:>8} {rows:>5} {:>10.1} {:>10.1} {launches:>8} {:>9.1} {:>9.1} {:>7.2} {:>9.1}  {same}{}{apart}",
                 graph * 1e6,
                 eager * 1e6,
                 kernel * 1e6,
                 floor * 1e6,
                 graph / floor,
-                f64::from(rows) / graph
+                f64::from(rows) / graph,
+                if finite { "" } else { ", not finite" },
             );
             if args.iter().any(|a| a == "--profile")
                 && (rows == 1 || rows == 8)
                 && (start == 8 << 10 || start == 200 << 10)
             {
                 for (name, count, time) in profile {
+                    let floor = match bytes.get(name.as_str()) {
+                        Some(bytes) => format!(", floor {:>7.1} us", *bytes as f64 / rate * 1e6),
+                        None => String::new(),
+                    };
                     println!(
-                        "    {name:<20} {count:>5} x {:>8.2} us = {:>9.1} us",
+                        "    {name:<20} {count:>5} x {:>8.2} us = {:>9.1} us{floor}",
                         time * 1e6 / f64::from(count),
                         time * 1e6
                     );

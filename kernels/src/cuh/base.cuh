@@ -2,6 +2,7 @@
 //
 // A kernel takes one argument struct (its text is generated from the Rust struct) and is spelled
 //   KERNEL(name, NameArgs, THREADS) { ... a.field ... }
+// or, where registers must leave room for BLOCKS of them on a multiprocessor, KERNEL_RESIDENT(.., THREADS, BLOCKS).
 // Shared memory is SHARED for fixed arrays and DYNAMIC_SHARED for what the launch sizes. Warp functions
 // (shuffles, mma) are called by whole warps, block barriers by all threads that have not left.
 // The specialisation (model sizes, numerics, tuning) arrives as macros.
@@ -17,6 +18,8 @@ typedef unsigned long long u64;
 #else
 #define KERNEL(name, Args, THREADS) \
     extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Args a)
+#define KERNEL_RESIDENT(name, Args, THREADS, BLOCKS) \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const __grid_constant__ Args a)
 #define DEVICE __device__ __forceinline__
 #define SHARED __shared__
 #define DYNAMIC_SHARED(type, name)                             \

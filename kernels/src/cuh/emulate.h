@@ -72,6 +72,18 @@ struct Fiber {
     State state;
 };
 
+// A copy to shared memory in the background, of a thread's group `group`; zeros where nothing is read.
+struct Copy {
+    void* to;
+    const void* from;
+    unsigned bytes, group;
+};
+// A thread's copies that have not come.
+struct Copies {
+    std::vector<Copy> pending;
+    unsigned group;
+};
+
 // One warp's exchange: what its lanes have put down for the others.
 struct Warp {
     unsigned waiting, alive;
@@ -82,6 +94,7 @@ struct Warp {
 struct Block {
     Fiber fibers[THREADS_MAX];
     Warp warps[THREADS_MAX / WARP];
+    Copies copies[THREADS_MAX];
     unsigned threads, current, waiting, alive;
     uint3 index, grid;
     void* scheduler;
@@ -136,6 +149,23 @@ inline void barrier_block() {
     }
     b.fibers[b.current].state = AT_BLOCK;
     to_scheduler();
+}
+
+// Copies come as late as they may: what is read before it was waited for is not there.
+inline void copy_later(void* to, const void* from, unsigned bytes) {
+    Copies& c = block().copies[block().current];
+    c.pending.push_back(Copy{to, from, bytes, c.group});
+}
+inline void copy_close_group() { block().copies[block().current].group++; }
+inline void copy_finish(unsigned pending_groups) {
+    Copies& c = block().copies[block().current];
+    size_t kept = 0;
+    for (const Copy& copy : c.pending) {
+        if (copy.group + pending_groups >= c.group) c.pending[kept++] = copy;
+        else if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
+        else memset(copy.to, 0, copy.bytes);
+    }
+    c.pending.resize(kept);
 }
 
 inline void leave() {
@@ -209,6 +239,8 @@ inline int run_block(Block& b, size_t shared) {
         top -= 6;
         memset(top, 0, 6 * sizeof(void*));
         b.fibers[i] = Fiber{top, READY};
+        b.copies[i].pending.clear();
+        b.copies[i].group = 0;
     }
     unsigned left = b.threads;
     while (b.alive) {
@@ -287,6 +319,8 @@ inline int run(const unsigned* grid, unsigned threads, size_t shared, unsigned w
                         [](const void* p) { name##_body(*static_cast<const Args*>(p)); });                           \
     }                                                                                                                \
     static void name##_body(const Args& a)
+
+#define KERNEL_RESIDENT(name, Args, THREADS, BLOCKS) KERNEL(name, Args, THREADS)
 
 DEVICE u32 bits_of(float v) {
     u32 bits;

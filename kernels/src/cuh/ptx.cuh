@@ -12,18 +12,14 @@ DEVICE uint4 load_stream(const void* at) {
     memcpy(&v, at, 16);
     return v;
 }
-DEVICE uint2 load_near8(const void* at) {
-    uint2 v;
-    memcpy(&v, at, 8);
-    return v;
-}
 DEVICE u32 load_near1(const void* at) { return *static_cast<const u8*>(at); }
-DEVICE void copy_async16(void* to, const void* from) { memcpy(to, from, 16); }
+DEVICE u32 load_fresh(const u32* at) { return *at; }
+DEVICE void copy_async4(void* to, const void* from) { emu::copy_later(to, from, 4); }
+DEVICE void copy_async16(void* to, const void* from) { emu::copy_later(to, from, 16); }
 DEVICE void copy_async16_or_zero(void* to, const void* from, bool real) {
-    if (real) memcpy(to, from, 16);
-    else memset(to, 0, 16);
+    emu::copy_later(to, real ? from : nullptr, 16);
 }
-DEVICE void copy_async16_wide(void* to, const void* from) { memcpy(to, from, 16); }
+DEVICE void copy_async16_wide(void* to, const void* from) { emu::copy_later(to, from, 16); }
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) {
     u64 both = (u64)b << 32 | a;
     u32 out = 0;
@@ -34,10 +30,12 @@ DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) {
     }
     return out;
 }
-DEVICE void copy_commit() {}
+DEVICE void copy_commit() { emu::copy_close_group(); }
 template <int PENDING>
-DEVICE void copy_wait() {}
-DEVICE void prefetch_l2(const void*) {}
+DEVICE void copy_wait() {
+    emu::copy_finish(PENDING);
+}
+DEVICE void prefetch_l2(const void*, u32) {}
 DEVICE void wait_for_previous() {}
 DEVICE void release_next() {}
 DEVICE float reciprocal_near(float x) { return 1.0f / x; }
@@ -146,19 +144,24 @@ DEVICE uint4 load_stream(const void* at) {
                  : "l"(at));
     return v;
 }
-// 8 bytes, or one, whose neighbours are read soon by other warps: they may stay in the L1 cache. Volatile, so that
-// they are asked for where they stand, ahead of their use.
-DEVICE uint2 load_near8(const void* at) {
-    uint2 v;
-    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
-    return v;
-}
+// A byte whose neighbours are read soon by other warps: they may stay in the L1 cache. Volatile, so that it is asked
+// for where it stands, ahead of its use.
 DEVICE u32 load_near1(const void* at) {
     u32 v;
     asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(at));
     return v;
 }
+// A word as the L2 cache has it, whatever the L1 cache has kept of an earlier kernel's time.
+DEVICE u32 load_fresh(const u32* at) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(at));
+    return v;
+}
 DEVICE u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+// 4 bytes from global to shared memory, in the background; their neighbours may stay in the L1 cache.
+DEVICE void copy_async4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 // 16 bytes from global to shared memory, in the background.
 DEVICE void copy_async16(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
@@ -187,9 +190,15 @@ template <int PENDING>
 DEVICE void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
-DEVICE void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-// Programmatic launch: nothing of an earlier kernel is read before the wait.
+// Asks for `bytes` from `at` on into the L2 cache, both multiples of 16. Only memory that is really there.
+DEVICE void prefetch_l2(const void* at, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
+}
+// Programmatic launch. Nothing that an earlier kernel writes is read before the wait; it ends when the kernel ahead has
+// ended, which has waited as well, and so on: every block waits, also where it has nothing to do.
 DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next kernel may start once every block has come here or has ended: what it does before its own wait runs beside
+// this one.
 DEVICE void release_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 // 1 / x within one unit in the last place, for normal results.
 DEVICE float reciprocal_near(float x) {

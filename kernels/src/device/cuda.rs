@@ -4,11 +4,15 @@
 //! the context is made current first. Nothing here synchronises but [`Gpu::read`] and [`Gpu::sync`].
 #![allow(unsafe_code)]
 
+use std::collections::HashSet;
 use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{self, CUdevice_attribute_enum as Attribute, CUresult};
+use cudarc::driver::sys::{
+    self, CUdevice_attribute_enum as Attribute, CUfunction_attribute_enum as FunctionAttribute, CUresult,
+};
 
 use crate::device::args::ARGS_BYTES_MAX;
 use crate::device::unit::Image;
@@ -18,6 +22,9 @@ use crate::device::{DeviceError, Facts, Gpu, Graph, Kernel, Launch, Mark};
 const DRIVER_MIN: i32 = 13_000;
 /// Shared memory that a kernel has without asking, bytes.
 const SHARED_PLAIN: u32 = 48 << 10;
+/// As much of a multiprocessor's L1 cache as can be is shared memory, for every kernel: kernels that ask for different
+/// parts do not run side by side.
+const CARVEOUT_MAX: i32 = 100;
 
 /// One GPU and one stream on it.
 pub struct Cuda {
@@ -26,12 +33,16 @@ pub struct Cuda {
     context: sys::CUcontext,
     stream: sys::CUstream,
     handles: Mutex<Handles>,
+    /// Kernels that wait by themselves start early.
+    overlap: AtomicBool,
 }
 
 #[derive(Default)]
 struct Handles {
     modules: Vec<sys::CUmodule>,
     kernels: Vec<sys::CUfunction>,
+    /// Those that wait by themselves for what is ahead of them.
+    early: HashSet<Kernel>,
     graphs: Vec<sys::CUgraphExec>,
     marks: Vec<sys::CUevent>,
 }
@@ -95,6 +106,8 @@ impl Cuda {
             ),
             // SAFETY: the device is valid.
             memory_bytes: unsafe { result::device::total_mem(device) }.map_err(failed("cuDeviceTotalMem"))? as u64,
+            l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as u64,
+            shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)? as u32,
         };
         // SAFETY: the device is valid; the context is released on drop.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
@@ -102,7 +115,8 @@ impl Cuda {
         unsafe { result::ctx::set_current(context) }.map_err(failed("cuCtxSetCurrent"))?;
         let stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("cuStreamCreate"))?;
-        Ok(Arc::new(Cuda { facts, device, context, stream, handles: Mutex::default() }))
+        let overlap = AtomicBool::new(true);
+        Ok(Arc::new(Cuda { facts, device, context, stream, handles: Mutex::default(), overlap }))
     }
 
     fn handles(&self) -> MutexGuard<'_, Handles> {
@@ -174,11 +188,14 @@ impl Gpu for Cuda {
                 .map_err(|_| DeviceError::NoKernel { kernel: (*name).into(), unit: "cubin".into() })?;
             // SAFETY: the module is loaded until drop.
             let function = unsafe { result::module::get_function(module, c_name) }.map_err(missing)?;
-            if *shared > SHARED_PLAIN {
-                let which = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let set = |which, value| {
                 // SAFETY: the function is loaded.
-                unsafe { result::function::set_function_attribute(function, which, *shared as i32) }
-                    .map_err(failed("cuFuncSetAttribute"))?;
+                unsafe { result::function::set_function_attribute(function, which, value) }
+                    .map_err(failed("cuFuncSetAttribute"))
+            };
+            set(FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, CARVEOUT_MAX)?;
+            if *shared > SHARED_PLAIN {
+                set(FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, *shared as i32)?;
             }
             out.push(Kernel(handles.kernels.len()));
             handles.kernels.push(function);
@@ -191,18 +208,52 @@ impl Gpu for Cuda {
             return Ok(());
         }
         self.enter()?;
-        let function = self.handles().kernels[kernel.0];
+        let (function, early) = {
+            let handles = self.handles();
+            (handles.kernels[kernel.0], handles.early.contains(&kernel))
+        };
         // At the alignment of any struct.
         let mut aligned = [0u128; ARGS_BYTES_MAX / 16];
         bytemuck::cast_slice_mut::<u128, u8>(&mut aligned)[..args.len()].copy_from_slice(args);
         let mut params = [aligned.as_mut_ptr().cast::<c_void>()];
         let [x, y, z] = shape.grid;
-        // SAFETY: the driver copies the one argument, a struct of the kernel's own definition, before it returns;
-        // the buffers it names are held by whoever built it until the stream is done with them.
-        unsafe {
-            result::launch_kernel(function, (x, y, z), (shape.threads, 1, 1), shape.shared, self.stream, &mut params)
-        }
-        .map_err(failed("cuLaunchKernel"))
+        // In a recording this makes the edge from the kernel ahead a programmatic one.
+        let early = early && self.overlaps();
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: i32::from(early) },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: shape.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shape.shared,
+            hStream: self.stream,
+            attrs: &mut attribute,
+            numAttrs: u32::from(early),
+        };
+        // SAFETY: the driver copies the one argument, a struct of the kernel's own definition, and the configuration
+        // before it returns; the buffers it names are held by whoever built it until the stream is done with them. A
+        // kernel that may start early waits by itself before it touches what earlier ones write.
+        unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .map_err(failed("cuLaunchKernelEx"))
+    }
+
+    fn allow_overlap(&self, kernels: &[Kernel]) {
+        self.handles().early.extend(kernels);
+    }
+
+    fn set_overlap(&self, on: bool) {
+        self.overlap.store(on, Ordering::Relaxed);
+    }
+
+    fn overlaps(&self) -> bool {
+        self.overlap.load(Ordering::Relaxed)
     }
 
     fn sync(&self) -> Result<(), DeviceError> {

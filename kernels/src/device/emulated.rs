@@ -53,8 +53,14 @@ struct Recorded {
 impl Emulated {
     /// An emulated GPU, as small as is allowed.
     pub fn open() -> Arc<dyn Gpu> {
-        let facts =
-            Facts { name: "emulated on the CPU".into(), multiprocessors: 4, capability: (0, 0), memory_bytes: 4 << 30 };
+        let facts = Facts {
+            name: "emulated on the CPU".into(),
+            multiprocessors: 4,
+            capability: (0, 0),
+            memory_bytes: 4 << 30,
+            l2_bytes: 24 << 20,
+            shared_bytes: 100 << 10,
+        };
         Arc::new(Emulated { facts, state: Mutex::default() })
     }
 

@@ -31,6 +31,10 @@ pub struct Facts {
     pub capability: (u32, u32),
     /// All of its memory, bytes.
     pub memory_bytes: u64,
+    /// Its L2 cache, bytes.
+    pub l2_bytes: u64,
+    /// Shared memory of a multiprocessor, bytes.
+    pub shared_bytes: u32,
 }
 
 impl Facts {
@@ -89,6 +93,15 @@ pub trait Gpu: Send + Sync {
     fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), DeviceError>;
     /// Loads a compiled unit and finds its kernels by name, with the dynamic shared memory each may ask for.
     fn load(&self, image: &unit::Image, kernels: &[(&str, u32)]) -> Result<Vec<Kernel>, DeviceError>;
+    /// Lets kernels start before the one ahead of them in the stream has ended: each waits for it by itself
+    /// ([`unit::Unit::waits`]).
+    fn allow_overlap(&self, _kernels: &[Kernel]) {}
+    /// Whether kernels that may start early do so from now on: they do unless this says otherwise.
+    fn set_overlap(&self, _on: bool) {}
+    /// Whether they do.
+    fn overlaps(&self) -> bool {
+        true
+    }
     /// Puts a launch into the stream.
     fn launch(&self, kernel: Kernel, shape: Launch, args: &[u8]) -> Result<(), DeviceError>;
     /// Waits for everything launched so far. Errors: what went wrong in a kernel.

@@ -59,8 +59,7 @@ impl Bench {
         };
         let image = image.unwrap_or_else(|e| panic!("{e}"));
         let at = unit.kernels.iter().position(|(kernel, _)| kernel == name).expect("a kernel of the unit");
-        let names: Vec<(&str, u32)> = unit.kernels.iter().map(|(n, shared)| (n.as_str(), *shared)).collect();
-        self.gpu.load(&image, &names).unwrap_or_else(|e| panic!("{e}"))[at]
+        unit.load(self.gpu.as_ref(), &image).unwrap_or_else(|e| panic!("{e}"))[at]
     }
 
     /// Uniform in 0..bound.

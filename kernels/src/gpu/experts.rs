@@ -54,7 +54,7 @@ impl GpuBackend {
         Ok(self.part())
     }
 
-    /// Every row's experts are read for it alone.
+    /// Rows that chose the same expert share its weights.
     fn experts_streamed(&self, x: &Activation, layer: &LayerSpec) -> Result<(), DeviceError> {
         let (rows, work) = (self.current.rows, &self.work);
         let w = |kind| self.matrix(layer.block, kind);
@@ -75,6 +75,7 @@ impl GpuBackend {
             mid: Out::at(mid),
             limit: self.config.swiglu_limit,
             rows,
+            prefetch: 0,
         };
         kernels.launch_up(&self.stream, args)?;
         let args = decode::MoeDownArgs {
@@ -84,8 +85,10 @@ impl GpuBackend {
             shared_w2: w(Kind::SharedW2).codes(),
             chosen: In::at(work.chosen.at()),
             y: Out::at(self.part().at),
+            rows,
+            prefetch: 0,
         };
-        kernels.launch_down(&self.stream, rows, args)
+        kernels.launch_down(&self.stream, args)
     }
 
     /// Rows are sorted by expert; outputs come in slices that the workspace has room for.

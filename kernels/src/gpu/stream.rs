@@ -48,7 +48,8 @@ pub struct Stream {
     muted: AtomicBool,
     launches: AtomicU32,
     replayed: bool,
-    graphs: HashMap<Key, (Graph, u32)>,
+    /// Recordings and their launches, of kernels that may or may not overlap.
+    graphs: HashMap<(Key, bool), (Graph, u32)>,
 }
 
 impl Stream {
@@ -70,7 +71,7 @@ impl Stream {
         self.replayed = false;
         self.launches = AtomicU32::new(0);
         let Some(key) = key else { return Ok(()) };
-        if let Some((graph, launches)) = self.graphs.get(&key) {
+        if let Some((graph, launches)) = self.graphs.get(&(key, self.gpu.overlaps())) {
             self.mode = Mode::Replaying(*graph);
             self.muted = AtomicBool::new(true);
             self.launches = AtomicU32::new(*launches);
@@ -90,7 +91,7 @@ impl Stream {
             Mode::Recording(key) => {
                 let graph = self.gpu.end_capture()?;
                 if keep {
-                    self.graphs.insert(key, (graph, self.launches.load(Ordering::Relaxed)));
+                    self.graphs.insert((key, self.gpu.overlaps()), (graph, self.launches.load(Ordering::Relaxed)));
                 }
                 graph
             }
@@ -138,6 +139,15 @@ impl Gpu for Stream {
     }
     fn load(&self, image: &Image, kernels: &[(&str, u32)]) -> Result<Vec<Kernel>, DeviceError> {
         self.gpu.load(image, kernels)
+    }
+    fn allow_overlap(&self, kernels: &[Kernel]) {
+        self.gpu.allow_overlap(kernels);
+    }
+    fn set_overlap(&self, on: bool) {
+        self.gpu.set_overlap(on);
+    }
+    fn overlaps(&self) -> bool {
+        self.gpu.overlaps()
     }
     fn launch(&self, kernel: Kernel, shape: Launch, args: &[u8]) -> Result<(), DeviceError> {
         if self.muted.load(Ordering::Relaxed) {

@@ -19,6 +19,8 @@ pub const SEGMENTS_MAX: usize = 8;
 pub const TILE_ROWS: u32 = 16;
 /// Shared memory of a block on the smallest device.
 pub const SHARED_MAX: u32 = 101_376;
+/// Shared memory that a block takes beside what it asks for.
+const SHARED_OF_BLOCK: u32 = 1 << 10;
 /// Bytes of a stored row in one step of a warp.
 pub const STEP_BYTES: u32 = 128;
 
@@ -33,8 +35,9 @@ kernel_args! {
         w: In<U8>, scales: In<U8>, x: In<Act>, y: u64, rows: u32, cols: u32, x_stride: u32, y_stride: u32,
         format: u32, flags: u32, row0: u32, first_block: u32, tiles: u32, pad: u32,
     }
-    /// `groups` groups of ROWS of the `rows` rows of activations; the first `count` segments count.
-    pub struct GemvArgs { segments: [GemvSeg; 8], count: u32, rows: u32, groups: u32, pad: u32 }
+    /// `groups` groups of ROWS of the `rows` rows of activations; the first `count` segments count. A block asks for
+    /// at most `prefetch` bytes into the L2 cache.
+    pub struct GemvArgs { segments: [GemvSeg; 8], count: u32, rows: u32, groups: u32, prefetch: u32 }
 }
 
 /// One matrix with its input and output.
@@ -72,35 +75,67 @@ pub struct Segment {
 pub struct GemvPoint {
     /// Warps of a block.
     pub warps: u32,
-    /// Steps (2 KB each) that a warp has asked for ahead.
+    /// Steps (2 KB each) of a warp on their way, where rows of activations leave room for them.
     pub depth: u32,
-    /// Weights that a block reads, about.
+    /// Blocks of a launch on a multiprocessor, where shared memory leaves room for the next launch's: the grid is as
+    /// many, each with its share of the weights.
+    pub blocks: u32,
+    /// Weights that a block reads at most, about: larger matrices take more blocks.
     pub block_bytes: u32,
+    /// Eighths of the L2 cache that a launch fills with weights before it waits for earlier kernels.
+    pub ahead: u32,
 }
 
 impl GemvPoint {
     /// Where nothing was measured.
-    pub const DEFAULT: GemvPoint = GemvPoint { warps: 8, depth: 3, block_bytes: 64 << 10 };
+    pub const DEFAULT: GemvPoint = GemvPoint { warps: 8, depth: 2, blocks: 2, block_bytes: 256 << 10, ahead: 3 };
 
     /// Whether it compiles without spills and fits a block.
     pub fn legal(&self) -> bool {
-        // NVRTC 13.0.88, sm_90a and sm_121a: 2 and 3 take up to 126 registers (two blocks of 256 threads on a
-        // multiprocessor), 5 and 6 up to 188; 4 is fitted into 128 with a few spilled bytes.
-        let depths: &[u32] = if self.warps <= 8 { &[2, 3, 5, 6] } else { &[2, 3] };
         matches!(self.warps, 4 | 8 | 16)
-            && depths.contains(&self.depth)
+            && (2..=4).contains(&self.depth)
+            && (1..=4).contains(&self.blocks)
+            && self.warps * self.depth <= 32
             && self.block_bytes.is_power_of_two()
-            && (16 << 10..=256 << 10).contains(&self.block_bytes)
+            && (16 << 10..=1 << 20).contains(&self.block_bytes)
+            && self.ahead <= AHEAD_MAX
     }
 
     /// All legal points.
     pub fn all() -> impl Iterator<Item = GemvPoint> {
-        let sizes = (14..=18).map(|bits| 1 << bits);
-        sizes
-            .flat_map(|block_bytes| [4, 8, 16].map(|warps| (block_bytes, warps)))
-            .flat_map(|(block_bytes, warps)| (1..=8).map(move |depth| GemvPoint { warps, depth, block_bytes }))
+        let grids = [1, 2].into_iter().flat_map(|blocks| [64 << 10, 256 << 10].map(|bytes| (blocks, bytes)));
+        let rings = [4, 8, 16].into_iter().flat_map(|warps| (2..=4).map(move |depth| (warps, depth)));
+        grids
+            .flat_map(move |grid| rings.clone().map(move |ring| (grid, ring)))
+            .flat_map(|((blocks, block_bytes), (warps, depth))| {
+                [0, 2, 3].map(|ahead| GemvPoint { warps, depth, blocks, block_bytes, ahead })
+            })
             .filter(GemvPoint::legal)
     }
+
+    /// Steps of a warp on their way, beside `rows` rows of activations.
+    pub(crate) fn depth_of(&self, rows: u32) -> u32 {
+        if rows > 4 { 1 } else { self.depth }
+    }
+}
+
+/// Most of the L2 cache that one launch asks for ahead, in eighths: two launches may be ahead.
+pub(crate) const AHEAD_MAX: u32 = 4;
+/// Shared memory of a block's rings.
+pub(crate) fn ring_bytes(warps: u32, depth: u32) -> u32 {
+    // Steps of 16 rows, and 4 bytes of scales for every lane.
+    warps * depth * (TILE_ROWS * STEP_BYTES + 32 * 4)
+}
+
+/// Bytes that a block of `blocks` may ask for ahead, where a launch may fill `ahead` eighths of the L2 cache.
+pub(crate) fn prefetch_bytes(gpu: &dyn Gpu, ahead: u32, blocks: u32) -> u32 {
+    (gpu.facts().l2_bytes * u64::from(ahead) / 8 / u64::from(blocks.max(1)) / 128 * 128).min(1 << 30) as u32
+}
+
+/// Blocks that registers leave room for on a multiprocessor: 64 of a thread, so that two blocks of a launch and two of
+/// the next fit; 80 where rows of activations or rings take the shared memory for that anyway.
+pub(crate) fn resident(warps: u32, depth: u32, rows: u32) -> u32 {
+    if rows > 2 || depth > 2 || warps < 8 { (24 / warps).max(1) } else { 32 / warps }
 }
 
 /// Text shared with the experts' kernels, before a kernel's own.
@@ -119,9 +154,10 @@ pub fn unit(rows: u32, point: GemvPoint, numerics: Numerics) -> Unit {
         source: with_stream!("gemv.cu"),
         args: GemvArgs::cuda(),
         defines: vec![
-            define("DEPTH", point.depth),
+            define("DEPTH", point.depth_of(rows)),
             published(numerics),
             define("QUANTISE", QUANTISE),
+            define("RESIDENT", resident(point.warps, point.depth_of(rows), rows)),
             define("ROWS", rows),
             define("THREADS", point.warps * 32),
             define("WARPS", point.warps),
@@ -181,17 +217,48 @@ impl Gemv {
             return self.rows * cols * 4 + parts(1);
         }
         let steps = steps_of(row_bytes(format, cols));
-        self.rows * (x_row_bytes(steps, units) + steps * 4) + parts(split_of(steps, self.point.warps))
+        let ring = ring_bytes(self.point.warps, self.point.depth_of(self.rows));
+        ring + self.rows * (x_row_bytes(steps, units) + steps * 4) + parts(split_of(steps, self.point.warps))
     }
 
-    /// Tiles that a block takes: about `block_bytes`, all warps busy, within shared memory. 0: not even one fits.
-    fn tiles(&self, s: &Segment) -> u32 {
-        let bytes = row_bytes(s.format, s.cols);
-        let split = split_of(steps_of(bytes), self.point.warps);
-        let busy = self.point.warps / split;
-        let wanted = (self.point.block_bytes / (bytes * TILE_ROWS)).next_multiple_of(busy).max(busy);
-        let fit = |tiles: u32| self.shared(s.format, s.cols, tiles) <= SHARED_MAX;
-        (1..=wanted.min(s.rows.div_ceil(TILE_ROWS))).rev().find(|t| fit(*t)).unwrap_or(0)
+    /// Tiles that a block takes of a matrix: about `bytes`, all warps busy, within shared memory, blocks alike.
+    /// 0: not even one fits.
+    fn tiles(&self, s: &Segment, bytes: u32) -> u32 {
+        let row = row_bytes(s.format, s.cols);
+        let busy = self.point.warps / split_of(steps_of(row), self.point.warps);
+        let all = s.rows.div_ceil(TILE_ROWS);
+        let wanted = (bytes / (row * TILE_ROWS)).max(1).next_multiple_of(busy).min(all);
+        let fit = |tiles: &u32| self.shared(s.format, s.cols, *tiles) <= SHARED_MAX;
+        match (1..=wanted).rev().find(fit) {
+            Some(tiles) => all.div_ceil(all.div_ceil(tiles)).next_multiple_of(busy).min(tiles),
+            None => 0,
+        }
+    }
+
+    /// Blocks of one launch that are at work together.
+    fn slots(&self, gpu: &dyn Gpu, segments: &[&Segment]) -> u32 {
+        let block = segments.iter().map(|s| self.shared(s.format, s.cols, 1)).max().unwrap_or(0) + SHARED_OF_BLOCK;
+        let fit = gpu.facts().shared_bytes / block;
+        // Many rows of activations leave no room for a second launch anyway.
+        let fit = if self.rows > 2 { fit } else { fit / 2 };
+        gpu.facts().multiprocessors * fit.clamp(1, self.point.blocks)
+    }
+
+    /// Tiles that a block takes of each matrix, so that no more than `slots` blocks share all of them, unless a
+    /// block's share would be more than it may be.
+    fn shares(&self, segments: &[&Segment], slots: u32) -> Vec<u32> {
+        let bytes = |s: &&Segment| u64::from(s.rows) * u64::from(row_bytes(s.format, s.cols));
+        let total: u64 = segments.iter().map(bytes).sum();
+        let mut share = (total / u64::from(slots.max(1))).min(self.point.block_bytes.into()) as u32;
+        loop {
+            let tiles: Vec<u32> = segments.iter().map(|s| self.tiles(s, share)).collect();
+            let blocks: u32 =
+                segments.iter().zip(&tiles).map(|(s, t)| s.rows.div_ceil(TILE_ROWS).div_ceil((*t).max(1))).sum();
+            if blocks <= slots || share >= self.point.block_bytes {
+                return tiles;
+            }
+            share = (share + share / 8 + 64).min(self.point.block_bytes);
+        }
     }
 
     /// Whether its blocks have room for rows of `cols` activations of such matrices.
@@ -225,15 +292,15 @@ impl Gemv {
             count: segments.len() as u32,
             rows,
             groups: rows.div_ceil(self.rows),
-            pad: 0,
+            prefetch: 0,
         };
+        let segments: Vec<&Segment> = segments.iter().collect();
+        let shares = self.shares(&segments, self.slots(gpu, &segments) / args.groups.max(1));
         // The longest blocks start first.
-        let block_bytes = |s: &Segment| self.tiles(s) * row_bytes(s.format, s.cols);
-        let mut order: Vec<&Segment> = segments.iter().collect();
-        order.sort_by_key(|s| std::cmp::Reverse(block_bytes(s)));
+        let mut order: Vec<(&Segment, u32)> = segments.into_iter().zip(shares).collect();
+        order.sort_by_key(|(s, tiles)| std::cmp::Reverse(tiles * row_bytes(s.format, s.cols)));
         let (mut blocks, mut shared) = (0, 0);
-        for (out, s) in args.segments.iter_mut().zip(order) {
-            let tiles = self.tiles(s);
+        for (out, (s, tiles)) in args.segments.iter_mut().zip(order) {
             assert!(tiles > 0, "gemv: {} rows of {} columns are more than a block holds", self.rows, s.cols);
             assert!(
                 s.cols.is_multiple_of(64) && s.x_stride.is_multiple_of(8) && s.row0.is_multiple_of(TILE_ROWS),
@@ -273,6 +340,7 @@ impl Gemv {
             blocks += s.rows.div_ceil(TILE_ROWS).div_ceil(tiles);
             shared = shared.max(self.shared(s.format, s.cols, tiles));
         }
+        args.prefetch = prefetch_bytes(gpu, self.point.ahead, blocks);
         let shape = Launch { grid: [blocks * args.groups, 1, 1], threads: self.point.warps * 32, shared };
         gpu.launch(self.kernel, shape, args.bytes().as_slice())
     }

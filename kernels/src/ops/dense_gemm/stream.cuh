@@ -1,17 +1,23 @@
 // Weights streamed once past a few rows of activations: what the decode kernels of dense_gemm and moe_gemm share.
 //
 // A tile is 16 rows of a stored matrix. A step is 128 bytes of each of them (64 BF16, 128 FP8, 256 FP4 columns): lane
-// (g, c) = (lane / 4, lane % 4) loads 16 bytes at c * 16 and at 64 + c * 16 of rows g and g + 8, four loads of 16
-// bytes. The tensor cores' order of columns is ours to choose, so a lane multiplies what it has loaded: weights are
-// the 16-row operand, rows of activations the 8 columns. A warp walks over (tile, step) pairs with DEPTH steps asked
-// for ahead, across tiles. `split` warps share a tile, each with a slice of its steps; their partial sums meet in
-// shared memory and are added in warp order. The split depends on the matrix and on WARPS alone, and a column of the
-// operand does not see the others: a row's bits are the same alone or among others, for every ROWS.
+// (g, c) = (lane / 4, lane % 4) has 16 bytes at c * 16 and at 64 + c * 16 of rows g and g + 8, four copies of 16
+// bytes. The tensor cores' order of columns is ours to choose, so a lane multiplies what it has copied: weights are
+// the 16-row operand, rows of activations the 8 columns. A warp walks over (tile, step) pairs with DEPTH steps on
+// their way, across tiles: cp.async brings them into the warp's own ring in shared memory, where a lane reads back
+// what it has asked for itself (only FP4's scales are shared by the four lanes of a group), so that no registers and no
+// block barriers are needed and a block leaves room for the next kernel's. `split` warps share a tile, each with a slice of its steps; their partial sums meet in shared memory and
+// are added in warp order. The split depends on the matrix and on WARPS alone, and a column of the operand does not
+// see the others: a row's bits are the same alone or among others, for every grid and every ROWS.
+//
+// Weights are the same whatever earlier kernels do. Before a block waits for those it fills its ring and asks for its
+// share of the weights into the L2 cache, up to what the launch allows it.
 //
 // Activations lie in shared memory in the order of the operands: units of 8 columns (16 bytes), such that the four
 // lanes of a group read 64 bytes in a row, and rows 64 bytes apart modulo 128: no bank conflicts.
 //
-// Macros: WARPS, THREADS = 32 * WARPS, DEPTH (steps ahead; 2 KB of a warp each).
+// Macros: WARPS, THREADS = 32 * WARPS, DEPTH (steps on their way), RESIDENT (blocks of a kernel that registers leave
+// room for).
 #include "base.cuh"
 #include "ptx.cuh"
 #include "numerics.cuh"
@@ -22,6 +28,12 @@
 #define FORMAT_FP4 3
 #define TILE_ROWS 16
 #define STEP_BYTES 128
+#define STEP_WEIGHTS (TILE_ROWS * STEP_BYTES)
+// What lanes ask for of a step: first the weights, then 4 bytes of scales each.
+#define SLOT_BYTES (STEP_WEIGHTS + LANES * 4)
+#define RING_BYTES (WARPS * DEPTH * SLOT_BYTES)
+// A prefetch of a thread.
+#define PREFETCH_BYTES 4096u
 
 // Warps that share a tile: a power of two, as many as there are and as there are steps.
 DEVICE u32 split_of(u32 steps, u32 warps) {
@@ -30,6 +42,12 @@ DEVICE u32 split_of(u32 steps, u32 warps) {
     return split;
 }
 DEVICE u32 steps_of(u32 row_bytes) { return (row_bytes + STEP_BYTES - 1) / STEP_BYTES; }
+
+// Asks for `bytes` from `at` on into the L2 cache. Called by whole blocks.
+DEVICE void prefetch(const u8* at, u32 bytes) {
+    for (u32 p = (lane_id() * WARPS + warp_id()) * PREFETCH_BYTES; p < bytes; p += THREADS * PREFETCH_BYTES)
+        prefetch_l2(at + p, bytes - p < PREFETCH_BYTES ? bytes - p : PREFETCH_BYTES);
+}
 
 // Where a warp works: tiles first, first + stride, .. below `tiles`, of each the steps begin..end.
 struct Slice {
@@ -41,23 +59,18 @@ DEVICE Slice slice_of(u32 warp, u32 warps, u32 tiles, u32 row_bytes, u32 split) 
     return Slice{warp / split, warps / split, tiles, steps * part / split, steps * (part + 1) / split, row_bytes, part, split};
 }
 
-// A lane's view of a tile: its two rows at its first 16 bytes; for FP4 the scales of both rows, for FP8 those of the tile.
+// A lane's view of a tile: the matrix, and its rows a and b of it. Rows past the end are the last one again, and
+// thrown away.
 struct Strip {
-    const u8 *a, *b, *sa, *sb;
+    const u8* w;
+    u32 a, b;
 };
-DEVICE Strip strip_at(const u8* w, const u8* scales, u32 format, u32 tile, u32 rows, u32 row0, u32 cols, u32 row_bytes) {
+DEVICE Strip strip_at(const u8* w, u32 tile, u32 rows) {
     u32 a = tile * TILE_ROWS + lane_id() / 4, b = a + 8;
-    // Rows past the end are read twice and thrown away.
-    a = a < rows ? a : rows - 1;
-    b = b < rows ? b : rows - 1;
-    Strip s{w + (u64)a * row_bytes + lane_id() % 4 * 16, w + (u64)b * row_bytes + lane_id() % 4 * 16, scales, scales};
-    if (format == FORMAT_FP8) s.sa += (u64)((row0 + tile * TILE_ROWS) / 128) * ((cols + 127) / 128);
-    if (format == FORMAT_FP4) {
-        s.sa += (u64)a * (cols / 32);
-        s.sb += (u64)b * (cols / 32);
-    }
-    return s;
+    return Strip{w, a < rows ? a : rows - 1, b < rows ? b : rows - 1};
 }
+// Where the FP8 scales of a tile of a stored matrix are, of which its row 0 is `row0`.
+DEVICE u32 scales_before(u32 row0, u32 tile, u32 cols) { return (row0 + tile * TILE_ROWS) / 128 * ((cols + 127) / 128); }
 
 // Activations of a step that a block keeps in shared memory, all rows.
 #define X_ROW_BYTES(steps, units) ((u32)(steps) * (units) * 128u + 64u)
@@ -79,43 +92,56 @@ template <int COLUMNS>
 struct Fp4 {  // made bfloat16 with their scale, times activations rounded to FP8: exact
     enum { FORMAT = FORMAT_FP4, UNITS = 4, QUANTISED = 0, WIDE = COLUMNS % 256 == 0 };
 };
-// One type for all: warps of a block that differ in E share its registers. Unused scales take none.
-struct Step {
-    uint4 v[4];  // row a and row b at the first 64 bytes, then at the second
-    u32 s[4];    // FP8: of the tile; FP4: eight groups of row a, then of row b
-};
-
+// Asks for a step. `scales` are those of the tile for FP8, those of the matrix for FP4.
 template <class E>
-DEVICE void fetch(Step& to, const Strip& from, u32 step, u32 row_bytes) {
-    u32 lane_at = lane_id() % 4 * 16;
+DEVICE void fetch(u8* slot, const Strip& from, const u8* scales, u32 step, u32 row_bytes) {
+    u32 c = lane_id() % 4;
+    uint4* to = reinterpret_cast<uint4*>(slot) + lane_id();
+    u8* own = slot + STEP_WEIGHTS + lane_id() * 4;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         // Past the end of a row its last 16 bytes stand in: the activations there are zero.
-        u32 at = step * STEP_BYTES + h * 64;
-        u32 last = row_bytes - 16 - lane_at;
-        if (E::FORMAT != FORMAT_FP4 || !E::WIDE) at = at + lane_at < row_bytes ? at : last;
-        to.v[2 * h] = load_stream(from.a + (long long)(int)at);
-        to.v[2 * h + 1] = load_stream(from.b + (long long)(int)at);
+        u32 at = step * STEP_BYTES + h * 64 + c * 16;
+        if (E::FORMAT != FORMAT_FP4 || !E::WIDE) at = at < row_bytes ? at : row_bytes - 16;
+        copy_async16_wide(to + 2 * h * LANES, from.w + ((u64)from.a * row_bytes + at));
+        copy_async16_wide(to + (2 * h + 1) * LANES, from.w + ((u64)from.b * row_bytes + at));
     }
-    if (E::FORMAT == FORMAT_FP8) to.s[0] = load_near1(from.sa + step);
+    // The word that has the tile's scale: its place there is known again when it is used.
+    if (E::FORMAT == FORMAT_FP8) {
+        const u8* scale = scales + step;
+        copy_async4(own, scale - ((u64)scale & 3));
+    }
     if (E::FORMAT == FORMAT_FP4) {
+        // The 16 bytes of four lanes are eight groups of row a and eight of row b.
+        u32 groups = row_bytes / 16;
         if (E::WIDE) {
-            uint2 a = load_near8(from.sa + step * 8), b = load_near8(from.sb + step * 8);
-            to.s[0] = a.x;
-            to.s[1] = a.y;
-            to.s[2] = b.x;
-            to.s[3] = b.y;
+            copy_async4(own, scales + ((u64)(c < 2 ? from.a : from.b) * groups + (step * 8 + c % 2 * 4)));
         } else {
-            u32 c = lane_id() % 4, groups = row_bytes / 16;
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                u32 group = step * 8 + h * 4 + c;
+            for (int i = 0; i < 4; i++) {
+                u32 group = step * 8 + i % 2 * 4 + c;
                 group = group < groups ? group : groups - 1;
-                to.s[h] = load_near1(from.sa + group) << (8 * c);
-                to.s[2 + h] = load_near1(from.sb + group) << (8 * c);
+                own[(i - (int)c) * 4 + (int)c] = (u8)load_near1(scales + ((u64)(i < 2 ? from.a : from.b) * groups + group));
             }
         }
     }
+}
+// A lane's scales of a step that has come: FP8: of the tile, read from a place of which the last two bits are those of
+// `scale_at`; FP4: two words of row a, then of row b.
+template <class E>
+DEVICE void take_scales(u32 (&to)[4], const u8* slot, u32 scale_at) {
+    const u32* scales = reinterpret_cast<const u32*>(slot + STEP_WEIGHTS);
+    if (E::FORMAT == FORMAT_FP8) to[0] = scales[lane_id()] >> (scale_at % 4 * 8) & 0xffu;
+    if (E::FORMAT == FORMAT_FP4) {
+        uint4 s = *reinterpret_cast<const uint4*>(scales + lane_id() / 4 * 4);
+        to[0] = s.x, to[1] = s.y, to[2] = s.z, to[3] = s.w;
+    }
+}
+// 16 bytes of row a and of row b, of half `h` of such a step.
+DEVICE void take(uint4& a, uint4& b, const u8* slot, int h) {
+    const uint4* from = reinterpret_cast<const uint4*>(slot) + lane_id();
+    a = from[2 * h * LANES];
+    b = from[(2 * h + 1) * LANES];
 }
 
 DEVICE u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
@@ -130,35 +156,26 @@ DEVICE void mma_pairs_half(float (&d)[4], u32 a_lo, u32 b_lo, u32 a_hi, u32 b_hi
 }
 DEVICE const uint4& unit_at(const u8* x, int i) { return *reinterpret_cast<const uint4*>(x + i * 64); }
 
-// Products of a step, added to two chains of sums. `x` is the lane's own unit of the step, `xs` the scales of the
-// step's activations in the lane's two columns.
-DEVICE void multiply(Bf16Weights, float (&acc)[2][4], const Step& w, const u8* x, float, float) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        uint4 b = unit_at(x, h), p = w.v[2 * h], q = w.v[2 * h + 1];
-        mma_pairs_bf16(acc[0], p.x, q.x, p.y, q.y, b.x, b.y);
-        mma_pairs_bf16(acc[1], p.z, q.z, p.w, q.w, b.z, b.w);
-    }
+// Products of half `h` of a step, added to two chains of sums: `p` and `r` are 16 bytes of row a and of row b, `s` the
+// step's scales, `x` the lane's own unit of the step.
+DEVICE void multiply(Bf16Weights, float (&acc)[2][4], const uint4& p, const uint4& r, const u32*, const u8* x, int h) {
+    uint4 b = unit_at(x, h);
+    mma_pairs_bf16(acc[0], p.x, r.x, p.y, r.y, b.x, b.y);
+    mma_pairs_bf16(acc[1], p.z, r.z, p.w, r.w, b.z, b.w);
 }
 
-DEVICE void multiply(Fp8Codes, float (&acc)[2][4], const Step& w, const u8* x, float xs0, float xs1) {
-    float sum[2][4] = {};
+// Without scales: those of 128 columns come afterwards.
+DEVICE void multiply(Fp8Codes, float (&acc)[2][4], const uint4& p, const uint4& r, const u32*, const u8* x, int h) {
 #pragma unroll
-    for (int h = 0; h < 2; h++)
+    for (int q = 0; q < 2; q++) {
+        uint4 b = unit_at(x, 2 * h + q);
 #pragma unroll
-        for (int q = 0; q < 2; q++) {
-            uint4 b = unit_at(x, 2 * h + q);
-            u32 p = word_of(w.v[2 * h], 2 * q), r = word_of(w.v[2 * h + 1], 2 * q);
-            mma_pairs_half(sum[0], half2_of_e4m3x2((u16)p), half2_of_e4m3x2((u16)r), half2_of_e4m3x2((u16)(p >> 16)),
-                           half2_of_e4m3x2((u16)(r >> 16)), b.x, b.y);
-            p = word_of(w.v[2 * h], 2 * q + 1), r = word_of(w.v[2 * h + 1], 2 * q + 1);
-            mma_pairs_half(sum[1], half2_of_e4m3x2((u16)p), half2_of_e4m3x2((u16)r), half2_of_e4m3x2((u16)(p >> 16)),
-                           half2_of_e4m3x2((u16)(r >> 16)), b.z, b.w);
+        for (int i = 0; i < 2; i++) {
+            u32 v = word_of(p, 2 * q + i), w = word_of(r, 2 * q + i);
+            mma_pairs_half(acc[i], half2_of_e4m3x2((u16)v), half2_of_e4m3x2((u16)w), half2_of_e4m3x2((u16)(v >> 16)),
+                           half2_of_e4m3x2((u16)(w >> 16)), i ? b.z : b.x, i ? b.w : b.y);
         }
-    float scale = ue8m0_value((u8)w.s[0]);
-    xs0 *= scale, xs1 *= scale;
-#pragma unroll
-    for (int i = 0; i < 4; i++) acc[0][i] += (sum[0][i] + sum[1][i]) * (i % 2 ? xs1 : xs0);
+    }
 }
 
 // Scales as bfloat16 leave 2^-64 in the products, so that neither the codes' own factors (2^-120, 2^-126) nor large
@@ -169,21 +186,19 @@ DEVICE float flush_scale(Fp8Codes) { return 1.0f; }
 template <class E>
 DEVICE float flush_scale(E) { return FLUSH_SCALE; }
 
-DEVICE void multiply(Fp8Raw, float (&acc)[2][4], const Step& w, const u8* x, float, float) {
-    u32 scale = w.s[0] * 0x00800080u + 0x1c001c00u;  // exponent + 120 - 64, twice
+DEVICE void multiply(Fp8Raw, float (&acc)[2][4], const uint4& p, const uint4& r, const u32* s, const u8* x, int h) {
+    u32 scale = s[0] * 0x00800080u + 0x1c001c00u;  // exponent + 120 - 64, twice
 #pragma unroll
-    for (int h = 0; h < 2; h++)
+    for (int q = 0; q < 2; q++) {
+        uint4 b = unit_at(x, 2 * h + q);
 #pragma unroll
-        for (int q = 0; q < 2; q++) {
-            uint4 b = unit_at(x, 2 * h + q);
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                u32 p = word_of(w.v[2 * h], 2 * q + i), r = word_of(w.v[2 * h + 1], 2 * q + i);
-                mma_pairs_bf16(acc[i], mul_bf16x2(bf16x2_of_e4m3(p), scale), mul_bf16x2(bf16x2_of_e4m3(r), scale),
-                               mul_bf16x2(bf16x2_of_e4m3(p >> 8), scale), mul_bf16x2(bf16x2_of_e4m3(r >> 8), scale),
-                               i ? b.z : b.x, i ? b.w : b.y);
-            }
+        for (int i = 0; i < 2; i++) {
+            u32 v = word_of(p, 2 * q + i), w = word_of(r, 2 * q + i);
+            mma_pairs_bf16(acc[i], mul_bf16x2(bf16x2_of_e4m3(v), scale), mul_bf16x2(bf16x2_of_e4m3(w), scale),
+                           mul_bf16x2(bf16x2_of_e4m3(v >> 8), scale), mul_bf16x2(bf16x2_of_e4m3(w >> 8), scale),
+                           i ? b.z : b.x, i ? b.w : b.y);
         }
+    }
 }
 
 // Two E2M1 codes of a word as bfloat16 times 2^-126; a multiplication puts sign and magnitude in their places.
@@ -191,89 +206,100 @@ DEVICE u32 bf16x2_of_e2m1_low(u32 word) { return (word & 0x000f000fu) * 0x1040u 
 DEVICE u32 bf16x2_of_e2m1_high(u32 word) { return (word & 0x00f000f0u) * 0x104u & 0x81c081c0u; }
 
 template <int COLUMNS>
-DEVICE void multiply(Fp4<COLUMNS>, float (&acc)[2][4], const Step& w, const u8* x, float, float) {
+DEVICE void multiply(Fp4<COLUMNS>, float (&acc)[2][4], const uint4& p, const uint4& r, const u32* s, const u8* x, int h) {
     u32 shift = lane_id() % 4 * 8;
+    u32 sa = (s[h] >> shift & 0xffu) * 0x00800080u + 0x1f001f00u;  // exponent + 126 - 64, twice
+    u32 sb = (s[2 + h] >> shift & 0xffu) * 0x00800080u + 0x1f001f00u;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        u32 sa = (w.s[h] >> shift & 0xffu) * 0x00800080u + 0x1f001f00u;  // exponent + 126 - 64, twice
-        u32 sb = (w.s[2 + h] >> shift & 0xffu) * 0x00800080u + 0x1f001f00u;
-#pragma unroll
-        for (int q = 0; q < 4; q++) {
-            uint4 b = unit_at(x, 4 * h + q);
-            u32 p = word_of(w.v[2 * h], q), r = word_of(w.v[2 * h + 1], q), p8 = p >> 8, r8 = r >> 8;
-            mma_pairs_bf16(acc[0], mul_bf16x2(bf16x2_of_e2m1_low(p), sa), mul_bf16x2(bf16x2_of_e2m1_low(r), sb),
-                           mul_bf16x2(bf16x2_of_e2m1_high(p), sa), mul_bf16x2(bf16x2_of_e2m1_high(r), sb), b.x, b.y);
-            mma_pairs_bf16(acc[1], mul_bf16x2(bf16x2_of_e2m1_low(p8), sa), mul_bf16x2(bf16x2_of_e2m1_low(r8), sb),
-                           mul_bf16x2(bf16x2_of_e2m1_high(p8), sa), mul_bf16x2(bf16x2_of_e2m1_high(r8), sb), b.z, b.w);
-        }
+    for (int q = 0; q < 4; q++) {
+        uint4 b = unit_at(x, 4 * h + q);
+        u32 v = word_of(p, q), w = word_of(r, q), v8 = v >> 8, w8 = w >> 8;
+        mma_pairs_bf16(acc[0], mul_bf16x2(bf16x2_of_e2m1_low(v), sa), mul_bf16x2(bf16x2_of_e2m1_low(w), sb),
+                       mul_bf16x2(bf16x2_of_e2m1_high(v), sa), mul_bf16x2(bf16x2_of_e2m1_high(w), sb), b.x, b.y);
+        mma_pairs_bf16(acc[1], mul_bf16x2(bf16x2_of_e2m1_low(v8), sa), mul_bf16x2(bf16x2_of_e2m1_low(w8), sb),
+                       mul_bf16x2(bf16x2_of_e2m1_high(v8), sa), mul_bf16x2(bf16x2_of_e2m1_high(w8), sb), b.z, b.w);
     }
 }
 
-// What a warp has asked for, and what it asks for next.
+// What a warp asks for next, and where in its ring: there also lies what it takes next.
 struct Walk {
-    Step ring[DEPTH];
+    u8* ring;
     Strip strip;
-    u32 tile, step, left;
+    u32 slot, tile, step;
 };
+// Every call is a group of copies, also where nothing is left.
 template <class E, class Source>
-DEVICE void ask(Walk& w, int at, const Source& source, const Slice& k) {
-    fetch<E>(w.ring[at], w.strip, w.step, k.row_bytes);
-    w.left--;
-    if (++w.step == k.end) {
-        w.step = k.begin;
-        w.tile += k.stride;
-        if (w.left) w.strip = strip_of(source, w.tile);
+DEVICE void ask(Walk& w, const Source& source, const Slice& k) {
+    if (w.tile < k.tiles) {
+        const u8* scales = E::FORMAT == FORMAT_BF16 ? nullptr : scales_of(source, w.strip, w.tile);
+        fetch<E>(w.ring + w.slot, w.strip, scales, w.step, k.row_bytes);
+        if (++w.step == k.end) {
+            w.step = k.begin;
+            w.tile += k.stride;
+            if (w.tile < k.tiles) w.strip = strip_of(source, w.tile);
+        }
     }
+    copy_commit();
+    w.slot = w.slot + SLOT_BYTES == DEPTH * SLOT_BYTES ? 0 : w.slot + SLOT_BYTES;
 }
-// Asks for the first DEPTH steps.
+// Asks for the first DEPTH steps; `rings` has RING_BYTES.
 template <class E, class Source>
-DEVICE void begin(E, Walk& w, const Source& source, const Slice& k) {
+DEVICE void begin(E, Walk& w, u8* rings, const Source& source, const Slice& k) {
+    w.ring = rings + warp_id() * (DEPTH * SLOT_BYTES);
+    w.slot = 0;
     w.tile = k.first;
     w.step = k.begin;
-    u32 tiles = k.first < k.tiles ? (k.tiles - k.first + k.stride - 1) / k.stride : 0;
-    w.left = tiles * (k.end - k.begin);
-    if (w.left) w.strip = strip_of(source, w.tile);
-#pragma unroll
-    for (int u = 0; u < DEPTH; u++)
-        if (w.left) ask<E>(w, u, source, k);
+    if (w.tile < k.tiles) w.strip = strip_of(source, w.tile);
+#pragma unroll 1
+    for (int u = 0; u < DEPTH; u++) ask<E>(w, source, k);
 }
-// Multiplies everything. `x` holds NROWS rows, `row_bytes` apart, `xs` [step][NROWS] scales; sums go to
-// parts[tile][split][NROWS][16].
+// Multiplies everything with `columns` rows of activations. `x` holds them, `x_row_bytes` apart, `xs` [step][NROWS]
+// scales; sums of column n go to what `part_of(source, tile, n)` names: 16 floats, or nothing.
 template <int NROWS, class E, class Source>
-DEVICE void run(E, Walk& w, const Source& source, const Slice& k, const u8* x, u32 x_row_bytes, const float* xs,
-                float* parts) {
-    float acc[2][4] = {};
+DEVICE void run(E, Walk& w, const Source& source, const Slice& k, const u8* x, u32 x_row_bytes, u32 columns,
+                const float* xs) {
     u32 g = lane_id() / 4, c = lane_id() % 4, n0 = 2 * c, n1 = 2 * c + 1;
-    const u8* own = x + g % NROWS * x_row_bytes + c * 16;
-    u32 tile = k.first, step = k.begin;
-    bool more = tile < k.tiles && k.begin < k.end;
-    while (more) {
-#pragma unroll
-        for (int u = 0; u < DEPTH; u++) {
-            if (!more) break;
-            float s0 = 0.0f, s1 = 0.0f;
+    // Columns without a row repeat the first: nobody looks at their sums.
+    const u8* own = x + (g < columns ? g : 0) * x_row_bytes + c * 16;
+    const float *xs0 = xs + (n0 < columns ? n0 : 0), *xs1 = xs + (n1 < columns ? n1 : 0);
+#pragma unroll 1
+    for (u32 tile = k.first; tile < k.tiles; tile += k.stride) {
+        float acc[2][4] = {};
+        u32 scale_at = E::FORMAT == FORMAT_FP8 ? (u32)(u64)scales_of(source, Strip{nullptr, 0, 0}, tile) : 0;
+        const u8* at = own + x_of(source, tile);
+#pragma unroll 1
+        for (u32 step = k.begin; step < k.end; step++) {
+            copy_wait<DEPTH - 1>();
+            const u8 *slot = w.ring + w.slot, *units = at + step * (E::UNITS * 128);
+            u32 scales[4];
+            float sum[2][4] = {};
+            uint4 a, b;
+            if (E::FORMAT == FORMAT_FP4) sync_warp();
+            take_scales<E>(scales, slot, scale_at + step);
+            take(a, b, slot, 0);
+            multiply(E(), E::QUANTISED ? sum : acc, a, b, scales, units, 0);
+            take(a, b, slot, 1);
+            // The slot is free.
+            if (E::FORMAT == FORMAT_FP4) sync_warp();
+            ask<E>(w, source, k);
+            multiply(E(), E::QUANTISED ? sum : acc, a, b, scales, units, 1);
             if (E::QUANTISED) {
-                s0 = xs[step * NROWS + n0 % NROWS];
-                s1 = xs[step * NROWS + n1 % NROWS];
-            }
-            multiply(E(), acc, w.ring[u], own + x_of(source, tile) + step * (E::UNITS * 128), s0, s1);
-            if (w.left) ask<E>(w, u, source, k);
-            if (++step == k.end) {
-                float f = flush_scale(E());
-                float* to = parts + (u64)(tile * k.split + k.part) * (NROWS * TILE_ROWS);
-                if (n0 < NROWS) {
-                    to[n0 * TILE_ROWS + g] = (acc[0][0] + acc[1][0]) * f;
-                    to[n0 * TILE_ROWS + g + 8] = (acc[0][2] + acc[1][2]) * f;
-                }
-                if (n1 < NROWS) {
-                    to[n1 * TILE_ROWS + g] = (acc[0][1] + acc[1][1]) * f;
-                    to[n1 * TILE_ROWS + g + 8] = (acc[0][3] + acc[1][3]) * f;
-                }
+                float scale = ue8m0_value((u8)scales[0]), s0 = xs0[step * NROWS] * scale, s1 = xs1[step * NROWS] * scale;
 #pragma unroll
-                for (int i = 0; i < 4; i++) acc[0][i] = acc[1][i] = 0.0f;
-                step = k.begin;
-                tile += k.stride;
-                more = tile < k.tiles;
+                for (int i = 0; i < 4; i++) acc[0][i] += (sum[0][i] + sum[1][i]) * (i % 2 ? s1 : s0);
+            }
+        }
+        float f = flush_scale(E());
+        if (n0 < columns) {
+            if (float* to = part_of(source, k, tile, n0)) {
+                to[g] = (acc[0][0] + acc[1][0]) * f;
+                to[g + 8] = (acc[0][2] + acc[1][2]) * f;
+            }
+        }
+        if (n1 < columns) {
+            if (float* to = part_of(source, k, tile, n1)) {
+                to[g] = (acc[0][1] + acc[1][1]) * f;
+                to[g + 8] = (acc[0][3] + acc[1][3]) * f;
             }
         }
     }
@@ -331,33 +357,36 @@ DEVICE uint4 unit_of(Fp4<COLUMNS>, const uint4& v, float*, u32, bool) {
     return uint4{h[0], h[1], h[2], h[3]};
 }
 
-// Rows of activations on their way into shared memory; the rows from `real` on are zero. Scales to [step][NROWS].
-// Called by whole blocks; AHEAD rows are read together.
-template <int NROWS, class E>
-DEVICE void stage(E, u8* to, u32 x_row_bytes, float* scales, const act_t* x, u64 stride, u32 real, u32 cols, u32 steps) {
-    constexpr int AHEAD = NROWS % 2 == 0 ? 2 : NROWS % 3 == 0 ? 3 : 1;
-    u32 units = steps * (8 * E::UNITS);
-    // Weights on their way hold most registers: not unrolled.
+// `rows` rows of activations on their way into shared memory, row r from `row_at(r)`. Scales to [step][NROWS].
+// Called by whole blocks; a thread asks for AHEAD units at once, `meanwhile` runs once it has asked for the first.
+template <int NROWS, int AHEAD, class E, class RowAt, class Meanwhile>
+DEVICE void stage(E, u8* to, u32 x_row_bytes, float* scales, RowAt row_at, u32 rows, u32 cols, u32 steps,
+                  Meanwhile meanwhile) {
+    u32 units = steps * (8 * E::UNITS), all = rows * units;
+    bool begun = false;
+    // Whole warps stay together: groups of a scale are 16 lanes.
+    u32 first = threadIdx.x / LANES * LANES;
 #pragma unroll 1
-    for (u32 first = threadIdx.x / LANES * LANES; first < units; first += THREADS) {
-        u32 j = first + lane_id();
-        u32 in_step = j % (8 * E::UNITS), half = in_step / (4 * E::UNITS), c = in_step / E::UNITS % 4, q = in_step % E::UNITS;
-        u32 at = j / (8 * E::UNITS) * (E::UNITS * 128) + ((half * E::UNITS + q) * 4 + c) * 16;
-#pragma unroll 1
-        for (u32 r0 = 0; r0 < NROWS; r0 += AHEAD) {
-            uint4 v[AHEAD];
+    do {
+        uint4 v[AHEAD];
 #pragma unroll
-            for (int r = 0; r < AHEAD; r++) {
-                bool there = r0 + r < real && j * 8 < cols;
-                v[r] = there ? *reinterpret_cast<const uint4*>(x + (r0 + r) * stride + j * 8) : uint4{0, 0, 0, 0};
-            }
-#pragma unroll
-            for (int r = 0; r < AHEAD; r++) {
-                uint4 unit = unit_of(E(), v[r], scales + j / 16 * NROWS + r0 + r, j, j < units);
-                if (j < units) *reinterpret_cast<uint4*>(to + (r0 + r) * x_row_bytes + at) = unit;
-            }
+        for (int i = 0; i < AHEAD; i++) {
+            u32 item = first + i * THREADS + lane_id(), r = item / units, j = item % units;
+            const act_t* x = row_at(item < all ? r : 0);
+            v[i] = item < all && j * 8 < cols ? *reinterpret_cast<const uint4*>(x + j * 8) : uint4{0, 0, 0, 0};
         }
-    }
+        if (!begun) meanwhile();
+        begun = true;
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            u32 item = first + i * THREADS + lane_id(), r = item / units, j = item % units;
+            u32 in_step = j % (8 * E::UNITS), half = in_step / (4 * E::UNITS), c = in_step / E::UNITS % 4, q = in_step % E::UNITS;
+            u32 at = j / (8 * E::UNITS) * (E::UNITS * 128) + ((half * E::UNITS + q) * 4 + c) * 16;
+            uint4 unit = unit_of(E(), v[i], scales + j / 16 * NROWS + r, j, item < all);
+            if (item < all) *reinterpret_cast<uint4*>(to + r * x_row_bytes + at) = unit;
+        }
+        first += AHEAD * THREADS;
+    } while (first < all);
 }
 
 #endif

@@ -1,4 +1,4 @@
-//! Decode: the experts of a few rows, each row's experts read for it alone.
+//! Decode: the experts of a few rows; rows that chose the same one share its weights.
 //!
 //! Owns the launches of `decode.cu`. A row's result does not depend on the other rows nor on their number.
 
@@ -11,18 +11,22 @@ use crate::device::unit::{Unit, define, published};
 use crate::device::{DeviceError, Gpu, In, Kernel, KernelArgs, Launch, Out};
 use crate::kernel_args;
 use crate::numerics::Numerics;
-use crate::ops::dense_gemm::gemv::{SHARED_MAX, TILE_ROWS, split_of, steps_of, with_stream, x_row_bytes};
+use crate::ops::dense_gemm::gemv::{
+    AHEAD_MAX, SHARED_MAX, TILE_ROWS, prefetch_bytes, resident, ring_bytes, split_of, steps_of, with_stream,
+    x_row_bytes,
+};
 
 kernel_args! {
     /// `x [rows, D]`, stacks of `w1` and `w3` with matrices `stride` bytes apart, `chosen` and `weights` `[rows, K]`,
-    /// `mid [rows, K+1, F]`; no clamp where `limit` is 0.
+    /// `mid [rows, K+1, F]`; no clamp where `limit` is 0. The launch sets `prefetch`: bytes that a block may ask for
+    /// ahead.
     pub struct MoeUpArgs {
         x: In<Act>, w1: In<U8>, w3: In<U8>, stride: u64, shared_w1: In<U8>, shared_w3: In<U8>,
-        chosen: In<U32>, weights: In<F32>, mid: Out<Act>, limit: f32, rows: u32,
+        chosen: In<U32>, weights: In<F32>, mid: Out<Act>, limit: f32, rows: u32, prefetch: u32,
     }
-    /// `mid [rows, K+1, F]`, the stack of `w2`, `chosen [rows, K]`, `y [rows, D]`.
+    /// `mid [rows, K+1, F]`, the stack of `w2`, `chosen [rows, K]`, `y [rows, D]`; `prefetch` as above.
     pub struct MoeDownArgs {
-        mid: In<Act>, w2: In<U8>, stride: u64, shared_w2: In<U8>, chosen: In<U32>, y: Out<F32>,
+        mid: In<Act>, w2: In<U8>, stride: u64, shared_w2: In<U8>, chosen: In<U32>, y: Out<F32>, rows: u32, prefetch: u32,
     }
 }
 
@@ -51,28 +55,30 @@ impl Experts {
 pub struct MoePoint {
     /// Warps of a block.
     pub warps: u32,
-    /// Steps (2 KB each) that a warp has asked for ahead.
+    /// Steps (2 KB each) of a warp on their way, where rows of activations leave room for them.
     pub depth: u32,
     /// Tiles of 16 expert rows of a `moe_up` block, of both matrices.
     pub up_tiles: u32,
     /// Tiles of 16 output rows of a `moe_down` block, of all experts.
     pub down_tiles: u32,
+    /// Eighths of the L2 cache that a launch fills with weights before it waits for earlier kernels.
+    pub ahead: u32,
 }
 
 impl MoePoint {
     /// Where nothing was measured.
-    pub const DEFAULT: MoePoint = MoePoint { warps: 8, depth: 4, up_tiles: 1, down_tiles: 1 };
+    pub const DEFAULT: MoePoint = MoePoint { warps: 8, depth: 2, up_tiles: 1, down_tiles: 1, ahead: 3 };
 
     /// Whether it compiles without spills and fits a block, with `rows` rows of the shared expert in a block.
     pub fn legal(&self, experts: Experts, rows: u32, numerics: Numerics) -> bool {
-        // NVRTC 13.0.88, sm_90a and sm_121a: none of these spills; up to 4, two blocks of 256 threads fit together.
-        let depth_max = if self.warps <= 8 { 6 } else { 3 };
         matches!(self.warps, 4 | 8 | 16)
-            && (2..=depth_max).contains(&self.depth)
+            && (2..=4).contains(&self.depth)
+            && self.warps * self.depth <= 32
             && (1..=8).contains(&self.up_tiles)
             && (1..=8).contains(&self.down_tiles)
-            && up_shared(experts, *self, rows, numerics) <= SHARED_MAX
-            && down_shared(experts, *self, numerics) <= SHARED_MAX
+            && self.ahead <= AHEAD_MAX
+            && up_shared(experts, *self, rows, numerics) <= SHARED_MAX - STATIC_MAX
+            && down_shared(experts, *self, rows, numerics) <= SHARED_MAX - STATIC_MAX
     }
 
     /// All legal points.
@@ -81,9 +87,27 @@ impl MoePoint {
         tiles
             .flat_map(|(up_tiles, down_tiles)| [4, 8, 16].map(|warps| (up_tiles, down_tiles, warps)))
             .flat_map(|(up_tiles, down_tiles, warps)| {
-                (1..=8).map(move |depth| MoePoint { warps, depth, up_tiles, down_tiles })
+                let ring = (2..=4).flat_map(|depth| [0, 3].map(|ahead| (depth, ahead)));
+                ring.map(move |(depth, ahead)| MoePoint { warps, depth, up_tiles, down_tiles, ahead })
             })
             .filter(move |p| p.legal(experts, rows, numerics))
+    }
+
+    /// Steps of a warp on their way, beside `rows` rows of activations.
+    fn depth_of(&self, rows: u32) -> u32 {
+        if rows > 2 { 1 } else { self.depth }
+    }
+}
+
+/// Shared memory of the lists of pairs and experts, at most, bytes.
+const STATIC_MAX: u32 = 1024;
+
+/// Rows whose experts a `moe_down` block reads once, and pairs that share a `moe_up` block.
+fn at_once(experts: Experts, rows: u32, numerics: Numerics) -> u32 {
+    match numerics {
+        // A warp looks for equal experts: a pair of row and slot is a lane's.
+        Numerics::Published => rows.min(4).min(32 / experts.chosen).max(1),
+        Numerics::Float => 1,
     }
 }
 
@@ -97,19 +121,22 @@ pub fn unit(experts: Experts, rows: u32, point: MoePoint, numerics: Numerics) ->
         args: MoeUpArgs::cuda() + &MoeDownArgs::cuda(),
         defines: vec![
             define("D", experts.hidden),
-            define("DEPTH", point.depth),
+            define("DEPTH", point.depth_of(rows)),
             define("DOWN_TILES", point.down_tiles),
             define("F", experts.inner),
+            define("GROUP", at_once(experts, rows, numerics)),
             define("K", experts.chosen),
             published(numerics),
+            define("RESIDENT", resident(point.warps, point.depth_of(rows), rows)),
             define("ROWS", rows),
+            define("SHARE", at_once(experts, rows, numerics)),
             define("THREADS", point.warps * 32),
             define("UP_TILES", point.up_tiles),
             define("WARPS", point.warps),
         ],
         kernels: vec![
             ("moe_up".into(), up_shared(experts, point, rows, numerics)),
-            ("moe_down".into(), down_shared(experts, point, numerics)),
+            ("moe_down".into(), down_shared(experts, point, rows, numerics)),
         ],
     }
 }
@@ -121,13 +148,14 @@ fn up_shared(experts: Experts, point: MoePoint, rows: u32, numerics: Numerics) -
         return rows * experts.hidden * 4 + parts(rows, 1);
     }
     let (fp4, fp8) = (steps_of(experts.hidden / 2), steps_of(experts.hidden));
-    let routed = x_row_bytes(fp4, 4) + parts(1, split_of(fp4, point.warps));
+    let at_once = at_once(experts, rows, numerics);
+    let routed = at_once * x_row_bytes(fp4, 4) + parts(at_once, split_of(fp4, point.warps));
     let shared = rows * (x_row_bytes(fp8, 2) + fp8 * 4) + parts(rows, split_of(fp8, point.warps));
-    routed.max(shared)
+    ring_bytes(point.warps, point.depth_of(rows)) + routed.max(shared)
 }
 
 /// Shared memory of a `moe_down` block, bytes.
-fn down_shared(experts: Experts, point: MoePoint, numerics: Numerics) -> u32 {
+fn down_shared(experts: Experts, point: MoePoint, rows: u32, numerics: Numerics) -> u32 {
     let Experts { inner, chosen, .. } = experts;
     let routed_parts = chosen * point.down_tiles * TILE_ROWS * 4;
     if numerics == Numerics::Float {
@@ -135,7 +163,8 @@ fn down_shared(experts: Experts, point: MoePoint, numerics: Numerics) -> u32 {
     }
     let (fp4, fp8) = (steps_of(inner / 2), steps_of(inner));
     let last_parts = point.down_tiles * split_of(fp8, point.warps / 4) * TILE_ROWS * 4;
-    chosen * x_row_bytes(fp4, 4) + x_row_bytes(fp8, 2) + fp8 * 4 + routed_parts + last_parts
+    let row = chosen * x_row_bytes(fp4, 4) + x_row_bytes(fp8, 2) + fp8 * 4 + routed_parts + last_parts;
+    ring_bytes(point.warps, point.depth_of(rows)) + at_once(experts, rows, numerics) * row
 }
 
 /// Compiled experts of a layer's shape.
@@ -157,20 +186,25 @@ pub struct MoeDecode {
 
 impl MoeDecode {
     /// The first two matrices of every expert and the activation between.
-    pub fn launch_up(&self, gpu: &dyn Gpu, args: MoeUpArgs) -> Result<(), DeviceError> {
+    pub fn launch_up(&self, gpu: &dyn Gpu, mut args: MoeUpArgs) -> Result<(), DeviceError> {
         let blocks = self.experts.inner.div_ceil(TILE_ROWS).div_ceil(self.point.up_tiles);
-        let jobs = args.rows.div_ceil(self.rows) + args.rows * self.experts.chosen;
+        let groups = args.rows.div_ceil(self.rows);
+        // Only the shared expert's blocks know what to ask for.
+        args.prefetch = prefetch_bytes(gpu, self.point.ahead, blocks * groups);
         let shared = up_shared(self.experts, self.point, self.rows, self.numerics);
-        let shape = Launch { grid: [blocks * jobs, 1, 1], threads: self.point.warps * 32, shared };
+        let grid = [blocks * (groups + args.rows * self.experts.chosen), 1, 1];
+        let shape = Launch { grid, threads: self.point.warps * 32, shared };
         gpu.launch(self.up, shape, args.bytes().as_slice())
     }
 
     /// The last matrix of every expert, summed; right behind [`MoeDecode::launch_up`] (it reads `chosen` before it
     /// waits for the kernel ahead).
-    pub fn launch_down(&self, gpu: &dyn Gpu, rows: u32, args: MoeDownArgs) -> Result<(), DeviceError> {
+    pub fn launch_down(&self, gpu: &dyn Gpu, mut args: MoeDownArgs) -> Result<(), DeviceError> {
         let blocks = self.experts.hidden.div_ceil(TILE_ROWS).div_ceil(self.point.down_tiles);
-        let shared = down_shared(self.experts, self.point, self.numerics);
-        let shape = Launch { grid: [blocks * rows, 1, 1], threads: self.point.warps * 32, shared };
+        let groups = args.rows.div_ceil(at_once(self.experts, self.rows, self.numerics));
+        args.prefetch = prefetch_bytes(gpu, self.point.ahead, blocks * groups);
+        let shared = down_shared(self.experts, self.point, self.rows, self.numerics);
+        let shape = Launch { grid: [blocks * groups, 1, 1], threads: self.point.warps * 32, shared };
         gpu.launch(self.down, shape, args.bytes().as_slice())
     }
 }

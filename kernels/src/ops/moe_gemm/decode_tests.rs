@@ -41,7 +41,7 @@ fn products(w: &Stored, rows: usize, x: &[f32]) -> Vec<f32> {
 fn kernels_are_the_reference_and_rows_are_independent() {
     for numerics in [Numerics::Float, Numerics::Published] {
         let Some(mut bench) = Bench::new(numerics) else { return };
-        let other = MoePoint { warps: 4, depth: 2, up_tiles: 2, down_tiles: 2 };
+        let other = MoePoint { warps: 4, depth: 3, up_tiles: 2, down_tiles: 2, ahead: 0 };
         // (hidden, inner, chosen, rows, limit): tiny and nano cut in one and two; ragged; long.
         let sizes = [
             (256, 256, 3, 5, 1.0, MoePoint::DEFAULT),
@@ -87,6 +87,7 @@ fn kernels_are_the_reference_and_rows_are_independent() {
                     mid: Out::at(out_mid.at()),
                     limit,
                     rows: count as u32,
+                    prefetch: 0,
                 };
                 kernels.launch_up(bench.gpu(), args).unwrap();
                 let args = MoeDownArgs {
@@ -96,8 +97,10 @@ fn kernels_are_the_reference_and_rows_are_independent() {
                     shared_w2: In::at(w2.one.at()),
                     chosen: In::at(dc.at() + (first * k * 4) as u64),
                     y: Out::at(y.at()),
+                    rows: count as u32,
+                    prefetch: 0,
                 };
-                kernels.launch_down(bench.gpu(), count as u32, args).unwrap();
+                kernels.launch_down(bench.gpu(), args).unwrap();
                 (bench.download_act(&out_mid), y.values::<f32>().unwrap())
             };
 
