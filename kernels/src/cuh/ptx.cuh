@@ -282,3 +282,45 @@ DEVICE u32 half2_of_e2m1(u32 word) { return (word & 0x00070007u) << 9 | (word & 
 // Two E4M3 codes (bits 0..7 and 16..23 of a word) as bfloat16 times 2^-120; exact.
 DEVICE u32 bf16x2_of_e4m3(u32 word) { return (word & 0x007f007fu) << 4 | (word & 0x00800080u) << 8; }
 #define E4M3_BF16_SCALE 0x7b807b80u  // 2^120, twice, as bfloat16
+
+// Last arrivers and single launches of what used to be several.
+#ifdef DSV4_EMULATED
+DEVICE uint4 load_ahead(const void* at) { return load_stream(at); }
+DEVICE u32 bf16x2_near(float lo, float hi) { return to_bf16(lo) | (u32)to_bf16(hi) << 16; }
+DEVICE u32 arrive(u32* counter) { return __atomic_fetch_add(counter, 1u, __ATOMIC_SEQ_CST); }
+template <int THREADS>
+DEVICE void sync_first() {
+    sync_block();
+}
+DEVICE void pass_first() { sync_block(); }
+#else
+// As load_stream, but it stays ahead of wait_for_previous(): the compiler moves loads of what it is told never changes
+// (.nc) behind that (13.0.88, sm_90a and sm_121a), which is where they are late.
+DEVICE uint4 load_ahead(const void* at) {
+    uint4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(at)
+                 : "memory");
+    return v;
+}
+// Two bfloat16 in a word, the lower one first, to the nearest, ties to even: one instruction.
+DEVICE u32 bf16x2_near(float lo, float hi) {
+    u32 v;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(hi), "f"(lo));
+    return v;
+}
+// Counts this block in; gives how many were before it. What a block's threads wrote before a barrier ahead of this is
+// seen by all threads of a later one behind a barrier after it.
+DEVICE u32 arrive(u32* counter) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+// A barrier of a block's first THREADS threads, whole warps. The others pass it by, and say so as often as it is met.
+template <int THREADS>
+DEVICE void sync_first() {
+    asm volatile("barrier.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+DEVICE void pass_first() {}
+#endif

@@ -7,7 +7,7 @@ use crate::gpu::kernels::Long;
 use crate::gpu::workspace::Workspace;
 use crate::ops::dense_gemm::gemm::{self, FLAG_F32, FP8, GemmSeg};
 use crate::ops::moe_gemm::{decode, prefill};
-use crate::ops::router::{self, RouteArgs};
+use crate::ops::router::{self, GateArgs, RouteArgs};
 use dsv4_model::Kind;
 use dsv4_model::layout::Format;
 use dsv4_model::tensors::LayerSpec;
@@ -21,22 +21,35 @@ impl GpuBackend {
     pub(super) fn choose_experts(&mut self, x: &Activation, layer: &LayerSpec) -> Result<Routing, GpuError> {
         let (block, rows, work) = (layer.block, self.current.rows, &self.work);
         let gate = self.matrix(block, Kind::Gate);
-        self.multiply(rows, &[Product::new(gate, x.at, work.gate.at()).unrounded()])?;
         let (bias, table) = match layer.hashed {
             true => (In::none(), In::at(self.matrix(block, Kind::Tid2Eid).codes)),
             false => (In::at(self.weights.small(block, Kind::GateBias)), In::none()),
         };
-        let args = RouteArgs {
-            scores: In::at(work.gate.at()),
+        let (scores, scale) = (work.gate.at(), self.config.routed_scaling_factor);
+        let (chosen, weights) = (Out::at(work.chosen.at()), Out::at(work.weights.at()));
+        let tokens = In::at(self.current.rows_at);
+        let [gate_kernel, route_kernel] = self.kernels.router;
+        if self.long().is_some() {
+            self.multiply(rows, &[Product::new(gate, x.at, scores).unrounded()])?;
+            let scores = In::at(scores);
+            let args = RouteArgs { scores, bias, table, rows: tokens, chosen, weights, scale, count: rows };
+            router::launch(&self.stream, route_kernel, args)?;
+            return Ok(Routing(()));
+        }
+        let args = GateArgs {
+            x: In::at(x.at),
+            w: In::at(gate.codes),
+            scores: Out::at(scores),
             bias,
             table,
-            rows: In::at(self.current.rows_at),
-            chosen: Out::at(work.chosen.at()),
-            weights: Out::at(work.weights.at()),
-            scale: self.config.routed_scaling_factor,
+            rows: tokens,
+            chosen,
+            weights,
+            arrivals: Out::at(work.gate_arrivals.at()),
+            scale,
             count: rows,
         };
-        router::launch(&self.stream, self.kernels.route, args)?;
+        router::launch_gate(&self.stream, gate_kernel, self.shape.experts, args)?;
         Ok(Routing(()))
     }
 

@@ -66,7 +66,33 @@ pub struct Shape {
     pub vocab: u32,
 }
 
+/// A model that there are no kernels for.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "config.json: {field}: expected {expected}, found {found}\n  help: there are no GPU kernels for such a model; use one with {expected}, or run with --backend cpu"
+)]
+pub struct ShapeError {
+    /// The field, or fields.
+    pub field: &'static str,
+    /// What there are kernels for.
+    pub expected: String,
+    /// What it is.
+    pub found: String,
+}
+
 impl Shape {
+    /// Checks that there are hyper-connections of the model's size. Everything else here panics where there are none.
+    ///
+    /// Errors: other than 2 or 4 residual streams.
+    pub fn check(config: &ModelConfig) -> Result<(), ShapeError> {
+        if hc_shape(config).is_possible() {
+            return Ok(());
+        }
+        let found = format!("{} of {}", config.hc_mult, config.hidden_size);
+        let expected = "2 or 4 streams of a multiple of 64".into();
+        Err(ShapeError { field: "hc_mult and hidden_size", expected, found })
+    }
+
     /// Sizes of `tp`'s rank.
     pub fn new(config: &ModelConfig, tp: Tp) -> Shape {
         let size = u64::from(tp.size());
@@ -117,6 +143,15 @@ impl Shape {
     }
 }
 
+/// Hyper-connections of a model.
+pub fn hc_shape(config: &ModelConfig) -> HcShape {
+    HcShape {
+        hidden: config.hidden_size as u32,
+        streams: config.hc_mult as u32,
+        sinkhorn_iters: config.hc_sinkhorn_iters as u32,
+    }
+}
+
 /// Entries of a page.
 pub fn per_page(ratio: u32) -> u32 {
     (PAGE_TOKENS as u32).checked_div(ratio).unwrap_or(1)
@@ -151,8 +186,8 @@ pub struct Kernels {
     pub hidden_norm: Option<Kernel>,
     /// Hyper-connections.
     pub hc: HcKernels,
-    /// Choice of experts.
-    pub route: Kernel,
+    /// gate, route.
+    pub router: [Kernel; 2],
     /// Matrices past 1, 2, 4 and 8 rows.
     pub gemv: Vec<Gemv>,
     /// Experts of 1, 2, 4 and 8 rows, as far as a block has room for them.
@@ -205,16 +240,16 @@ impl Kernels {
         let s = Shape::new(config, tp);
         let drafts = draft_stages(config);
         let ratios: Vec<u32> = layers(config).iter().chain(&drafts).map(|l| l.ratio).collect();
-        let hc_shape =
-            HcShape { hidden: s.hidden, streams: s.streams, sinkhorn_iters: config.hc_sinkhorn_iters as u32 };
+        let hc_shape = hc_shape(config);
         let embedding = take(load(&embedding::unit(s.hidden as usize, s.streams as usize, numerics))?);
         let [q_norm] = take(load(&rms_norm::unit(s.q_rank as usize, numerics))?);
         let hidden_norm = match drafts.is_empty() {
             true => None,
             false => load(&rms_norm::unit(s.hidden as usize, numerics))?.first().copied(),
         };
-        let [mix, mix_tiled, collapse, finish, head] = take(load(&hc::unit(hc_shape, numerics))?);
-        let [route] = take(load(&router::unit(s.experts as usize, s.chosen as usize, numerics))?);
+        let [site, tiled, collapse, finish, head] = take(load(&hc::unit(hc_shape, numerics))?);
+        let sizes = (s.hidden as usize, s.experts as usize, s.chosen as usize);
+        let router = take(load(&router::unit(sizes.0, sizes.1, sizes.2, numerics))?);
         let point = tuning.gemv;
         let mut gemvs = Vec::new();
         for rows in ROWS {
@@ -256,8 +291,8 @@ impl Kernels {
             embedding,
             q_norm,
             hidden_norm,
-            hc: HcKernels { shape: hc_shape, mix, mix_tiled, collapse, finish, head },
-            route,
+            hc: HcKernels { shape: hc_shape, site, tiled, collapse, finish, head },
+            router,
             gemv: gemvs,
             moe,
             long,

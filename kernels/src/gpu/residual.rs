@@ -5,7 +5,7 @@ use super::{Activation, GpuBackend, GpuError, Partial, Streams};
 use crate::device::args::{Act, F32};
 use crate::device::{Buffer, DeviceError, In, Out};
 use crate::ops::embedding::{self, DraftAddArgs, EmbedArgs, ExpandArgs, SettleArgs};
-use crate::ops::hyper_connection::{self as hc, HcCollapseArgs, HcFinishArgs, HcHeadArgs, HcMix, HcMixArgs};
+use crate::ops::hyper_connection::{self as hc, HcFinishArgs, HcHeadArgs, HcSiteArgs};
 use crate::ops::rms_norm::{self, RmsNormArgs};
 use dsv4_model::Kind;
 use dsv4_model::ops::{Done, Site};
@@ -46,9 +46,9 @@ impl GpuBackend {
 
     /// One embedding into all residual streams.
     pub(super) fn expand_rows(&mut self, x: Activation) -> Result<Streams, GpuError> {
-        let x = self.settle(x)?;
         let h = Streams { draft: false, rows: self.current.rows };
-        let args = ExpandArgs { x: In::at(x.at), h: Out::at(self.streams_at(&h)) };
+        let (y, parts) = summands(&x);
+        let args = ExpandArgs { x: y, parts, count: values(&x), h: Out::at(self.streams_at(&h)), n: x.parts };
         embedding::launch_expand(&self.stream, self.kernels.embedding[1], h.rows, args)?;
         Ok(h)
     }
@@ -99,43 +99,34 @@ impl GpuBackend {
             Site::Attn => (Kind::HcAttnFn, Kind::HcAttnBase, Kind::HcAttnScale, Kind::AttnNorm),
             Site::Ffn => (Kind::HcFfnFn, Kind::HcFfnBase, Kind::HcFfnScale, Kind::FfnNorm),
         };
-        let rows = self.current.rows;
         let small = |kind| In::at(self.weights.small(layer.block, kind));
-        let streams = self.streams_at(h);
-        let way = HcMix::of(rows);
         let add = self.addition(done);
-        let partials = self.work.mix_partials.at();
-        let args = HcMixArgs {
-            h: Out::at(streams),
-            y: add.y,
-            parts: add.parts,
-            count: add.count,
-            n: add.n,
-            post: add.post,
-            comb: add.comb,
-            w: In::at(self.matrix(layer.block, matrix).codes),
-            partials: Out::at(partials),
-            rows,
-            merged: 0,
-        };
-        hc::launch_mix(&self.stream, &self.kernels.hc, way, args)?;
         let half = |buffer: &Buffer| buffer.at() + self.mix * (buffer.bytes() / 2);
         let mix = Mix { post: half(&self.work.post), comb: half(&self.work.comb) };
         let x = self.activation(&self.work.x, self.shape.hidden);
-        let args = HcCollapseArgs {
-            h: In::at(streams),
-            partials: In::at(partials),
+        let args = HcSiteArgs {
+            h: Out::at(self.streams_at(h)),
+            y: add.y,
+            parts: add.parts,
+            count: add.count,
+            post: add.post,
+            comb: add.comb,
+            w: In::at(self.matrix(layer.block, matrix).codes),
             base: small(base),
             scale: small(scale),
             norm: small(norm),
+            partials: Out::at(self.work.mix_partials.at()),
+            arrivals: Out::at(self.work.site_arrivals.at()),
             x: Out::at(x.at),
-            post: Out::at(mix.post),
-            comb: Out::at(mix.comb),
+            next_post: Out::at(mix.post),
+            next_comb: Out::at(mix.comb),
+            n: add.n,
+            first: 0,
+            rows: self.current.rows,
             eps: self.config.rms_norm_eps,
             hc_eps: self.config.hc_eps,
-            merged: 0,
         };
-        hc::launch_collapse(&self.stream, &self.kernels.hc, way, rows, args)?;
+        hc::launch_site(&self.stream, &self.kernels.hc, args)?;
         self.mix ^= 1;
         Ok((x, mix))
     }
@@ -184,8 +175,7 @@ impl GpuBackend {
             return Ok(x);
         }
         let y = self.activation(&self.work.embedded, x.cols);
-        let count = u64::from(x.rows) * u64::from(x.cols);
-        let args = SettleArgs { parts: In::at(x.at), y: Out::at(y.at), count, n: x.parts };
+        let args = SettleArgs { parts: In::at(x.at), y: Out::at(y.at), count: values(&x), n: x.parts };
         embedding::launch_settle(&self.stream, self.kernels.embedding[2], args)?;
         Ok(y)
     }
@@ -194,13 +184,21 @@ impl GpuBackend {
         let Some(Done { y, mix }) = done else {
             return Addition { y: In::none(), parts: In::none(), count: 0, n: 0, post: In::none(), comb: In::none() };
         };
-        Addition {
-            y: if y.parts == 0 { In::at(y.at) } else { In::none() },
-            parts: if y.parts == 0 { In::none() } else { In::at(y.at) },
-            count: u64::from(y.rows) * u64::from(y.cols),
-            n: y.parts,
-            post: In::at(mix.post),
-            comb: In::at(mix.comb),
-        }
+        let (rounded, parts) = summands(&y);
+        let (post, comb) = (In::at(mix.post), In::at(mix.comb));
+        Addition { y: rounded, parts, count: values(&y), n: y.parts, post, comb }
     }
+}
+
+/// An activation where it is one, or where its float32 parts are.
+fn summands(x: &Activation) -> (In<Act>, In<F32>) {
+    match x.parts {
+        0 => (In::at(x.at), In::none()),
+        _ => (In::none(), In::at(x.at)),
+    }
+}
+
+/// Values of an activation, and of each of its parts.
+fn values(x: &Activation) -> u64 {
+    u64::from(x.rows) * u64::from(x.cols)
 }

@@ -10,11 +10,10 @@ use dsv4_model::tensors::draft_stages;
 
 use crate::device::rows::Row;
 use crate::device::{Buffer, DeviceError, Gpu};
-use crate::gpu::kernels::{DECODE_ROWS, Shape};
+use crate::gpu::kernels::{DECODE_ROWS, Shape, hc_shape};
 use crate::numerics::Numerics;
-use crate::ops::hyper_connection::HcShape;
 use crate::ops::moe_gemm::prefill;
-use crate::ops::sparse_attention;
+use crate::ops::{router, sparse_attention};
 
 /// Scores that are computed before they are selected from: float32 values, unless a decode step needs more.
 const SCORES_MAX: u64 = 1 << 25;
@@ -41,8 +40,6 @@ pub struct Need {
 impl Need {
     /// Of a rank with steps of at most `rows_max` rows over sequences of at most `context` tokens.
     pub fn new(config: &ModelConfig, shape: Shape, numerics: Numerics, rows_max: u32, context: u32) -> Need {
-        let hc =
-            HcShape { hidden: shape.hidden, streams: shape.streams, sinkhorn_iters: config.hc_sinkhorn_iters as u32 };
         let pages = u64::from(context).div_ceil(PAGE_TOKENS);
         Need {
             shape,
@@ -51,7 +48,7 @@ impl Need {
             drafts: !draft_stages(config).is_empty(),
             long: numerics == Numerics::Published && rows_max > DECODE_ROWS,
             entries: if config.compress_ratios.contains(&4) { pages * PAGE_TOKENS / 4 } else { 0 },
-            hc_partials: hc.partials(rows_max),
+            hc_partials: hc_shape(config).partials(rows_max),
         }
     }
 
@@ -118,7 +115,12 @@ macro_rules! workspace {
         impl Workspace {
             /// Reserves all of them. Errors: not enough GPU memory.
             pub fn new(gpu: &Arc<dyn Gpu>, $need: &Need) -> Result<Workspace, DeviceError> {
-                Ok(Workspace { $($role: Buffer::new(gpu, $bytes)?),* })
+                let work = Workspace { $($role: Buffer::new(gpu, $bytes)?),* };
+                // Counters are zero between launches: whoever arrives last sees to it.
+                for counter in [&work.site_arrivals, &work.gate_arrivals] {
+                    gpu.fill(counter.at(), 0, counter.bytes())?;
+                }
+                Ok(work)
             }
 
             /// Bytes that are reserved for each role.
@@ -154,6 +156,8 @@ workspace! { n;
     source_out: n.if_drafts(n.streams());
     /// Partial sums of the mixing.
     mix_partials: n.hc_partials * WORD;
+    /// Blocks of a mixing that are done.
+    site_arrivals: WORD;
     /// Mixing weights of two sites in turn, `[rows, M]` and `[rows, M, M]` float32.
     post: 2 * n.f32(n.shape.streams);
     /// As above.
@@ -198,6 +202,8 @@ workspace! { n;
     output_rank: n.act(n.shape.groups * n.shape.o_rank);
     /// What the gate gives, `[rows, E]` float32.
     gate: n.f32(n.shape.experts);
+    /// Blocks of the gate that are done, for groups of rows.
+    gate_arrivals: router::arrivals(n.rows) * WORD;
     /// Experts of every row and their weights, `[rows, K]`.
     chosen: n.f32(n.shape.chosen);
     /// As above.

@@ -1,5 +1,5 @@
 // embed:     y[r,:] = table[token(r) - first_token,:], zeros where that is another rank's
-// expand:    h[r,m,:] = x[r,:]
+// expand:    h[r,m,:] = x[r,:], or what settle would make of parts
 // settle:    y = parts[0] + parts[1] + ..., in this order, rounded
 // draft_add: y[r,m,:] = h[r,m,:] + e[r,:], rounded
 //
@@ -23,13 +23,26 @@ KERNEL(embed, EmbedArgs, THREADS) {
     }
 }
 
+// Eight values of the sum of all parts.
+DEVICE void sum_parts(const float* parts, u64 count, u32 n, u64 at, float (&sum)[8]) {
+    load8(parts + at, sum);
+#pragma unroll 1
+    for (u32 p = 1; p < n; p++) {
+        float v[8];
+        load8(parts + p * count + at, v);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i] += v[i];
+    }
+}
+
 KERNEL(expand, ExpandArgs, THREADS) {
     u64 row = blockIdx.x;
     release_next();
     wait_for_previous();
     for (u32 c = threadIdx.x * 8; c < D; c += THREADS * 8) {
         float v[8];
-        load8(a.x + row * D + c, v);
+        if (a.x) load8(a.x + row * D + c, v);
+        else sum_parts(a.parts, a.count, a.n, row * D + c, v);
 #pragma unroll
         for (u32 m = 0; m < M; m++) store8(a.h + (row * M + m) * D + c, v);
     }
@@ -41,13 +54,7 @@ KERNEL(settle, SettleArgs, THREADS) {
     wait_for_previous();
     if (at >= a.count) return;
     float sum[8];
-    load8(a.parts + at, sum);
-    for (u32 p = 1; p < a.n; p++) {
-        float v[8];
-        load8(a.parts + p * a.count + at, v);
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum[i] += v[i];
-    }
+    sum_parts(a.parts, a.count, a.n, at, sum);
     store8(a.y + at, sum);
 }
 

@@ -16,8 +16,9 @@ kernel_args! {
     /// `y` (`[rows, D]`): row `token - first_token` of `table` (`[vocab, D]`), or zeros where there is none.
     pub struct EmbedArgs { rows: In<StepRow>, table: In<Bf16>, y: Out<F32>, first_token: u32, vocab: u32 }
 
-    /// `h` (`[rows, M, D]`): every stream is `x` (`[rows, D]`).
-    pub struct ExpandArgs { x: In<Act>, h: Out<Act> }
+    /// `h` (`[rows, M, D]`): every stream is `x` (`[rows, D]`), or the rounded sum of `n` `parts` of `count` values
+    /// each in their order.
+    pub struct ExpandArgs { x: In<Act>, parts: In<F32>, count: u64, h: Out<Act>, n: u32 }
 
     /// `y` (`[count]`): the sum of `n` parts of `count` values each, in their order.
     pub struct SettleArgs { parts: In<F32>, y: Out<Act>, count: u64, n: u32 }

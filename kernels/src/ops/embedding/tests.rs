@@ -50,12 +50,24 @@ fn embed_looks_up_the_tokens_of_its_rank() {
 fn expand_copies_into_every_stream() {
     each(|bench, dim, numerics| {
         let kernel = bench.kernel(&unit(dim, STREAMS, numerics), "expand");
-        let x = bench.act(3 * dim);
-        let (from, h) = (bench.upload_act(&x), bench.buffer_act(3 * STREAMS * dim));
-        let args = ExpandArgs { x: In::at(from.at()), h: Out::at(h.at()) };
-        launch_expand(bench.gpu(), kernel, 3, args).unwrap();
-        let expected: Vec<f32> = x.chunks(dim).flat_map(|row| row.repeat(STREAMS)).collect();
-        assert_eq!(bench.download_act(&h), expected);
+        let (x, all) = (bench.act(3 * dim), bench.noise(3 * 3 * dim));
+        let (from, parts) = (bench.upload_act(&x), bench.upload(&all));
+        let check = |x: In<Act>, parts: In<F32>, n: u32, expected: &[f32]| {
+            let h = bench.buffer_act(3 * STREAMS * dim);
+            let args = ExpandArgs { x, parts, count: 3 * dim as u64, h: Out::at(h.at()), n };
+            launch_expand(bench.gpu(), kernel, 3, args).unwrap();
+            let expected: Vec<f32> = expected.chunks(dim).flat_map(|row| row.repeat(STREAMS)).collect();
+            assert_eq!(bench.download_act(&h), expected);
+        };
+        check(In::at(from.at()), In::none(), 0, &x);
+        for n in [1, 3] {
+            let mut sum = all[..3 * dim].to_vec();
+            for part in all.chunks(3 * dim).take(n).skip(1) {
+                sum.iter_mut().zip(part).for_each(|(sum, v)| *sum += v);
+            }
+            bench.round(&mut sum);
+            check(In::none(), In::at(parts.at()), n as u32, &sum);
+        }
     });
 }
 

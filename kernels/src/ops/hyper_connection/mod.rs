@@ -13,26 +13,22 @@ use crate::kernel_args;
 use crate::numerics::Numerics;
 
 kernel_args! {
-    /// Adds a finished sublayer to the streams `h` (`[rows, M, D]`, in place) and writes partial sums of their dot
-    /// products with `w` (`[(2+M)*M, M*D]`) and of their squares.
+    /// A site: adds a finished sublayer to rows `first..first + rows` of the streams `h` (`[.., M, D]`, in place) and
+    /// gives the next one's input `x` (`[.., D]`, normalised with `norm`) and what will add its output: `next_post`,
+    /// `next_comb`, which may lie where `post` and `comb` do.
     ///
-    /// What the sublayer gave is `y` (`[rows, D]`), or the rounded sum of `n` `parts` of `count` values each in their
-    /// order; with neither nothing is added. `post` (`[rows, M]`) and `comb` (`[rows, M*M]`) are what [`HcCollapseArgs`]
-    /// gave for it. `merged` comes from the launch.
-    pub struct HcMixArgs {
-        h: Out<Act>, y: In<Act>, parts: In<F32>, count: u64, n: u32, post: In<F32>, comb: In<F32>, w: In<F32>,
-        partials: Out<F32>, rows: u32, merged: u32,
+    /// What the sublayer gave is `y` (`[.., D]`), or the rounded sum of `n` `parts` of `count` values each in their
+    /// order; with neither nothing is added. `post` (`[.., M]`) and `comb` (`[.., M*M]`) are what its site gave for it.
+    /// `w` is the mixing matrix (`[(2+M)*M, M*D]`), `eps` that of all norms. `partials` ([`HcShape::partials`]) are
+    /// scratch; `arrivals` is a counter, zero before and after. `first` and whether `arrivals` is used come from the
+    /// launch.
+    pub struct HcSiteArgs {
+        h: Out<Act>, y: In<Act>, parts: In<F32>, count: u64, post: In<F32>, comb: In<F32>,
+        w: In<F32>, base: In<F32>, scale: In<F32>, norm: In<F32>, partials: Out<F32>, arrivals: Out<U32>,
+        x: Out<Act>, next_post: Out<F32>, next_comb: Out<F32>, n: u32, first: u32, rows: u32, eps: f32, hc_eps: f32,
     }
 
-    /// The sublayer's input `x` (`[rows, D]`, normalised with `norm`), and what will add its output: `post`, `comb`.
-    ///
-    /// `eps` is that of all norms. `merged` comes from the launch.
-    pub struct HcCollapseArgs {
-        h: In<Act>, partials: In<F32>, base: In<F32>, scale: In<F32>, norm: In<F32>,
-        x: Out<Act>, post: Out<F32>, comb: Out<F32>, eps: f32, hc_eps: f32, merged: u32,
-    }
-
-    /// Adds a finished sublayer to the streams, as [`HcMixArgs`] does.
+    /// Adds a finished sublayer to the streams, as [`HcSiteArgs`] does.
     pub struct HcFinishArgs {
         h: Out<Act>, y: In<Act>, parts: In<F32>, count: u64, n: u32, post: In<F32>, comb: In<F32>, rows: u32,
     }
@@ -45,23 +41,30 @@ kernel_args! {
 }
 
 /// Columns of a split: of every stream, what one block of the mixing has.
-const SPLIT: u32 = 32;
+const SPLIT: u32 = 64;
 /// Splits whose sums are added up before the others'.
-const GROUP: u32 = 8;
+const GROUP: u32 = 4;
 /// Rows of a block that spreads the mixing matrix over all blocks.
 const FEW: u32 = 8;
 /// Rows of a block that keeps a part of the mixing matrix.
 const TILE_ROWS: u32 = 64;
 const TILED_THREADS: u32 = 128;
-const THREADS: u32 = 256;
-const HEAD_THREADS: u32 = 512;
+const FINISH_THREADS: u32 = 256;
+/// Threads that collapse a row.
+const THREADS: u32 = 512;
+/// And one warp for what only the end of the sublayer needs.
+const SITE_THREADS: u32 = THREADS + 32;
 /// Columns that a thread handles at once.
 const VECTOR: u32 = 8;
 
+/// Rows up to which one block that collapses them all, right where they are mixed, is sooner done than a launch of a
+/// block for each: a row takes it about 0.35 us, 38 KB at what a multiprocessor reads from the L2 cache.
+const FUSED_ROWS_MAX: u32 = 4;
 /// Rows up to which blocks that only wait for memory are better than tiles.
 const FEW_ROWS_MAX: u32 = 32;
-/// Rows from which the tiles alone are enough blocks, so that a block may add up a group of splits.
-const MERGED_ROWS_MIN: u32 = 512;
+/// Rows of a slice of a long step: their streams, 8.4 MB in Flash, are still in the L2 cache (24 MB on a GB10) when
+/// they are read again.
+const SLICE: u32 = 256;
 
 /// Sizes that the kernels are compiled for.
 #[derive(Clone, Copy, Debug)]
@@ -75,6 +78,13 @@ pub struct HcShape {
 }
 
 impl HcShape {
+    /// Whether there are kernels for it: 2 or 4 streams, and whole splits.
+    ///
+    /// Outputs are dealt to four warps and, with the sum of squares, to the lanes of one.
+    pub fn is_possible(self) -> bool {
+        matches!(self.streams, 2 | 4) && self.hidden.is_multiple_of(SPLIT) && self.sinkhorn_iters > 0
+    }
+
     /// Dot products with the mixing matrix.
     fn outputs(self) -> u32 {
         (2 + self.streams) * self.streams
@@ -84,42 +94,30 @@ impl HcShape {
         self.hidden / SPLIT
     }
 
-    /// Float32 values of the partial sums of at most `rows_max` rows, however they are mixed.
+    /// Float32 values of the partial sums of at most `rows_max` rows.
     pub fn partials(self, rows_max: u32) -> u64 {
-        let of = |rows: u32, mix: HcMix| u64::from(rows) * u64::from(mix.count(self)) * u64::from(self.outputs() + 1);
-        of(rows_max, HcMix::Merged).max(of(rows_max.min(MERGED_ROWS_MIN - 1), HcMix::Tiled))
+        u64::from(rows_max.min(SLICE)) * u64::from(self.splits()) * u64::from(self.outputs() + 1)
     }
 }
 
-/// How rows are mixed; all ways give the same bits.
+/// How the rows of a slice are mixed and collapsed; all ways give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HcMix {
-    /// The mixing matrix is spread over as many blocks as possible.
+enum Way {
+    /// The mixing matrix is spread over as many blocks as possible; the last of them collapses.
+    Fused,
+    /// The same, then a block for every row.
     Few,
-    /// The same, and a block keeps its part for many rows.
+    /// A block keeps its part of the matrix for many rows; then a block for every row.
     Tiled,
-    /// A block goes through a group of splits.
-    Merged,
 }
 
-impl HcMix {
-    /// The way for a number of rows.
-    pub fn of(rows: u32) -> HcMix {
+impl Way {
+    fn of(rows: u32) -> Way {
         match rows {
-            0..=FEW_ROWS_MAX => HcMix::Few,
-            rows if rows < MERGED_ROWS_MIN => HcMix::Tiled,
-            _ => HcMix::Merged,
+            0..=FUSED_ROWS_MAX => Way::Fused,
+            rows if rows <= FEW_ROWS_MAX => Way::Few,
+            _ => Way::Tiled,
         }
-    }
-
-    /// Splits that one partial sum covers.
-    fn merged(self) -> u32 {
-        if self == HcMix::Merged { GROUP } else { 1 }
-    }
-
-    /// Partial sums of a row.
-    fn count(self, shape: HcShape) -> u32 {
-        shape.splits().div_ceil(self.merged())
     }
 }
 
@@ -128,10 +126,10 @@ impl HcMix {
 pub struct HcKernels {
     /// What they were compiled for.
     pub shape: HcShape,
-    /// `hc_mix`.
-    pub mix: Kernel,
-    /// `hc_mix_tiled`.
-    pub mix_tiled: Kernel,
+    /// `hc_site`.
+    pub site: Kernel,
+    /// `hc_tiled`.
+    pub tiled: Kernel,
     /// `hc_collapse`.
     pub collapse: Kernel,
     /// `hc_finish`.
@@ -140,24 +138,19 @@ pub struct HcKernels {
     pub head: Kernel,
 }
 
-/// What is compiled for `shape`.
+/// What is compiled for `shape`. Panics if that is not possible ([`HcShape::is_possible`]).
 pub fn unit(shape: HcShape, numerics: Numerics) -> Unit {
-    let threads = shape.outputs() * (SPLIT / 4);
-    // Outputs are dealt to four warps and, with the sum of squares, to the lanes of one.
-    let streams = shape.outputs().is_multiple_of(4) && shape.outputs() < 32 && threads.is_multiple_of(32);
-    assert!(
-        streams && shape.hidden.is_multiple_of(SPLIT) && shape.sinkhorn_iters > 0,
-        "hyper-connections of {shape:?}"
-    );
+    assert!(shape.is_possible(), "hyper-connections of {shape:?}");
     Unit {
         family: "hyper_connection",
-        source: include_str!("hyper_connection.cu"),
-        args: HcMixArgs::cuda() + &HcCollapseArgs::cuda() + &HcFinishArgs::cuda() + &HcHeadArgs::cuda(),
+        source: concat!(include_str!("eight.cuh"), include_str!("hyper_connection.cu")),
+        args: HcSiteArgs::cuda() + &HcFinishArgs::cuda() + &HcHeadArgs::cuda(),
         defines: vec![
             define("D", shape.hidden),
             define("FEW", FEW),
+            define("FINISH_THREADS", FINISH_THREADS),
+            define("FUSED", FUSED_ROWS_MAX),
             define("GROUP", GROUP),
-            define("HEAD_THREADS", HEAD_THREADS),
             define("M", shape.streams),
             published(numerics),
             define("SINKHORN", shape.sinkhorn_iters),
@@ -165,42 +158,42 @@ pub fn unit(shape: HcShape, numerics: Numerics) -> Unit {
             define("THREADS", THREADS),
             define("TILE_ROWS", TILE_ROWS),
         ],
-        kernels: ["hc_mix", "hc_mix_tiled", "hc_collapse", "hc_finish", "hc_head"].map(|k| (k.into(), 0)).into(),
+        kernels: ["hc_site", "hc_tiled", "hc_collapse", "hc_finish", "hc_head"].map(|k| (k.into(), 0)).into(),
     }
 }
 
-/// Mixes `args.rows` rows in the way `mix`.
-pub fn launch_mix(gpu: &dyn Gpu, kernels: &HcKernels, mix: HcMix, args: HcMixArgs) -> Result<(), DeviceError> {
-    let shape = kernels.shape;
-    let args = HcMixArgs { merged: mix.merged(), ..args };
-    let (kernel, threads, rows) = match mix {
-        HcMix::Few => (kernels.mix, shape.outputs() * (SPLIT / 4), FEW),
-        HcMix::Tiled | HcMix::Merged => (kernels.mix_tiled, TILED_THREADS, TILE_ROWS),
-    };
-    let grid = [mix.count(shape), args.rows.div_ceil(rows), 1];
-    gpu.launch(kernel, Launch { grid, threads, shared: 0 }, args.bytes().as_slice())
+/// Enters a site with `args.rows` rows: one launch for few of them, two for each slice of many.
+pub fn launch_site(gpu: &dyn Gpu, kernels: &HcKernels, args: HcSiteArgs) -> Result<(), DeviceError> {
+    for first in (0..args.rows).step_by(SLICE as usize) {
+        let rows = SLICE.min(args.rows - first);
+        launch_slice(gpu, kernels, Way::of(rows), HcSiteArgs { first, rows, ..args })?;
+    }
+    Ok(())
 }
 
-/// Collapses `rows` rows that were mixed in the way `mix`.
-pub fn launch_collapse(
-    gpu: &dyn Gpu,
-    kernels: &HcKernels,
-    mix: HcMix,
-    rows: u32,
-    args: HcCollapseArgs,
-) -> Result<(), DeviceError> {
-    let args = HcCollapseArgs { merged: mix.merged(), ..args };
-    gpu.launch(kernels.collapse, Launch::row(rows, THREADS), args.bytes().as_slice())
+fn launch_slice(gpu: &dyn Gpu, kernels: &HcKernels, way: Way, args: HcSiteArgs) -> Result<(), DeviceError> {
+    let arrivals = if way == Way::Fused { args.arrivals } else { Out::none() };
+    let args = HcSiteArgs { arrivals, ..args };
+    let (kernel, threads, rows) = match way {
+        Way::Fused | Way::Few => (kernels.site, SITE_THREADS, FEW),
+        Way::Tiled => (kernels.tiled, TILED_THREADS, TILE_ROWS),
+    };
+    let grid = [kernels.shape.splits(), args.rows.div_ceil(rows), 1];
+    gpu.launch(kernel, Launch { grid, threads, shared: 0 }, args.bytes().as_slice())?;
+    if way == Way::Fused {
+        return Ok(());
+    }
+    gpu.launch(kernels.collapse, Launch::row(args.rows, SITE_THREADS), args.bytes().as_slice())
 }
 
 /// Adds the last sublayer to `args.rows` rows.
 pub fn launch_finish(gpu: &dyn Gpu, kernels: &HcKernels, args: HcFinishArgs) -> Result<(), DeviceError> {
     let items = u64::from(args.rows) * u64::from(kernels.shape.hidden / VECTOR);
-    let blocks = items.div_ceil(u64::from(THREADS)) as u32;
-    gpu.launch(kernels.finish, Launch::row(blocks, THREADS), args.bytes().as_slice())
+    let blocks = items.div_ceil(u64::from(FINISH_THREADS)) as u32;
+    gpu.launch(kernels.finish, Launch::row(blocks, FINISH_THREADS), args.bytes().as_slice())
 }
 
 /// Collapses `wanted` rows for the head.
 pub fn launch_head(gpu: &dyn Gpu, kernels: &HcKernels, wanted: u32, args: HcHeadArgs) -> Result<(), DeviceError> {
-    gpu.launch(kernels.head, Launch::row(wanted, HEAD_THREADS), args.bytes().as_slice())
+    gpu.launch(kernels.head, Launch::row(wanted, THREADS), args.bytes().as_slice())
 }

@@ -6,7 +6,7 @@ mod tests;
 
 pub use reference::*;
 
-use crate::device::args::{F32, I32, StepRow, U32};
+use crate::device::args::{Act, Bf16, F32, I32, StepRow, U32};
 use crate::device::unit::{Unit, define, published};
 use crate::device::{DeviceError, Gpu, In, Kernel, KernelArgs, Launch, Out};
 use crate::kernel_args;
@@ -21,22 +21,58 @@ kernel_args! {
         scores: In<F32>, bias: In<F32>, table: In<I32>, rows: In<StepRow>,
         chosen: Out<U32>, weights: Out<F32>, scale: f32, count: u32,
     }
+
+    /// The same from the gate's input: `x` (`[count, D]`) times `w` (`[E, D]`).
+    ///
+    /// Affinities go through `scores` (`[count, E]`); `arrivals` ([`arrivals`] counters) are zero before and after.
+    pub struct GateArgs {
+        x: In<Act>, w: In<Bf16>, scores: Out<F32>, bias: In<F32>, table: In<I32>, rows: In<StepRow>,
+        chosen: Out<U32>, weights: Out<F32>, arrivals: Out<U32>, scale: f32, count: u32,
+    }
 }
 
-/// Threads of a block: four rows.
+/// Threads of a block that only routes: four rows.
 const THREADS: u32 = 128;
 const ROWS_PER_BLOCK: u32 = THREADS / 32;
+/// Threads of a block of the gate.
+const GATE_THREADS: u32 = 256;
+/// Experts of a block of the gate.
+const EXPERTS: u32 = 2;
+/// Rows that a block of the gate has: with [`EXPERTS`] they fill a warp.
+const ROWS: u32 = 16;
 
-/// What is compiled for `chosen` of `experts` experts.
-pub fn unit(experts: usize, chosen: usize, numerics: Numerics) -> Unit {
+/// Counters that the gate needs for as many rows.
+pub fn arrivals(rows_max: u64) -> u64 {
+    rows_max.div_ceil(u64::from(ROWS))
+}
+
+/// What is compiled for `chosen` of `experts` experts of rows of `hidden` values; kernels gate, route.
+pub fn unit(hidden: usize, experts: usize, chosen: usize, numerics: Numerics) -> Unit {
     assert!(chosen <= experts && chosen <= 32 && experts <= 1024, "{chosen} of {experts} experts do not fit a warp");
+    assert!(hidden.is_multiple_of(8), "a width of {hidden} is not whole vectors");
     Unit {
         family: "router",
-        source: include_str!("router.cu"),
-        args: RouteArgs::cuda(),
-        defines: vec![define("E", experts), define("K", chosen), published(numerics), define("THREADS", THREADS)],
-        kernels: vec![("route".into(), 0)],
+        source: concat!(include_str!("../hyper_connection/eight.cuh"), include_str!("router.cu")),
+        args: RouteArgs::cuda() + &GateArgs::cuda(),
+        defines: vec![
+            define("D", hidden),
+            define("E", experts),
+            define("EXPERTS", EXPERTS),
+            define("GATE_THREADS", GATE_THREADS),
+            define("K", chosen),
+            published(numerics),
+            define("ROWS", ROWS),
+            define("THREADS", THREADS),
+        ],
+        kernels: ["gate", "route"].map(|name| (name.into(), 0)).into(),
     }
+}
+
+/// Scores and experts of `args.count` rows of a model with `experts` experts. Every block reads all rows: for few.
+pub fn launch_gate(gpu: &dyn Gpu, kernel: Kernel, experts: u32, args: GateArgs) -> Result<(), DeviceError> {
+    assert!(args.w.0.is_multiple_of(16) && args.x.0.is_multiple_of(16), "gate: {:x}, {:x}", args.w.0, args.x.0);
+    let grid = [experts.div_ceil(EXPERTS), args.count.div_ceil(ROWS), 1];
+    gpu.launch(kernel, Launch { grid, threads: GATE_THREADS, shared: 0 }, args.bytes().as_slice())
 }
 
 /// Chooses the experts of `args.count` rows.
