@@ -4,11 +4,11 @@ use super::products::Product;
 use super::{Activation, GpuBackend, GpuError, Partial};
 use crate::device::args::Turn;
 use crate::device::rows::Row;
-use crate::device::{DeviceError, In, Out};
+use crate::device::{In, Out};
+use crate::gpu::kernels::DECODE_ROWS;
 use crate::gpu::state::DeviceCompressed;
-use crate::ops::indexer::{self, IndexScoreArgs, IndexSelectArgs};
-use crate::ops::kv::{self, CompressArgs, HeadsArgs, KvRowsArgs, RingArgs, StoreRingsArgs};
-use crate::ops::rms_norm::{self, RmsNormArgs};
+use crate::ops::indexer::{self, IndexQueriesArgs, IndexScoreArgs};
+use crate::ops::kv::{self, CompressArgs, PrepareArgs};
 use crate::ops::sparse_attention::{self, AttendArgs};
 use dsv4_model::Kind;
 use dsv4_model::ops::Projected;
@@ -40,33 +40,13 @@ impl GpuBackend {
             products.push(product(Kind::IndexerWeightsProj, weights.at));
         }
         self.multiply(rows, &products)?;
-        let eps = self.config.rms_norm_eps;
-        let args = RmsNormArgs {
-            x: In::at(query.at),
-            w: In::at(self.weights.small(block, Kind::QNorm)),
-            y: Out::at(query.at),
-            gather: In::none(),
-            stride: query.cols,
-            per: 1,
-            eps,
-        };
-        rms_norm::launch(&self.stream, self.kernels.q_norm, rows, args)?;
-        let args = KvRowsArgs {
-            kv: In::at(work.kv_raw.at()),
-            w: In::at(self.weights.small(block, Kind::KvNorm)),
-            turns: self.turns(layer),
-            y: Out::at(work.kv.at()),
-            stride: self.shape.head_dim,
-            count: rows,
-            eps,
-        };
-        kv::launch_kv_rows(&self.stream, self.kernels.kv[0], args)?;
-        self.compress(layer, false)?;
-        self.compress(layer, true)?;
+        let [prepare, _] = self.kernels.prepare.of(layer.ratio);
+        kv::launch_prepare(&self.stream, prepare, self.shape.prepare(layer.ratio), self.prepare_args(layer))?;
         Ok(Projected { main: query, index })
     }
 
-    /// Queries of the heads and of the index.
+    /// Queries of the heads and of the index, as projected: norm and rotation are the first things that their readers
+    /// do.
     pub(super) fn project_queries(
         &mut self,
         qr: &Activation,
@@ -80,13 +60,6 @@ impl GpuBackend {
             products.push(Product::new(self.matrix(block, Kind::IndexerWqB), qr.at, index.at));
         }
         self.multiply(rows, &products)?;
-        let (turns, eps) = (self.turns(layer), self.config.rms_norm_eps);
-        let args = HeadsArgs { q: Out::at(queries.at), turns, count: rows, heads: s.heads, eps };
-        kv::launch_heads(&self.stream, self.kernels.kv[1], args)?;
-        if let Some(index) = index {
-            let args = HeadsArgs { q: Out::at(index.at), heads: s.index_heads, ..args };
-            kv::launch_heads(&self.stream, self.kernels.kv[2], args)?;
-        }
         Ok(Projected { main: queries, index })
     }
 
@@ -98,47 +71,50 @@ impl GpuBackend {
         layer: &LayerSpec,
     ) -> Result<Selection, GpuError> {
         let (current, work) = (&self.current, &self.work);
-        let [score, select] = self.kernels.indexer.unwrap_or_else(|| panic!("a model with index entries"));
+        let kernels = self.kernels.indexer.unwrap_or_else(|| panic!("a model with index entries"));
+        let sizes = self.shape.indexer();
         let index = self.compressed(layer, true);
         let (heads, width) = (f64::from(self.shape.index_heads), f64::from(self.shape.index_dim));
         let stride = current.entries;
-        let scores = work.scores.at();
-        // Nothing is scored where every row sees no more than are selected.
-        let scored = stride > self.shape.topk;
-        let rows_at_once = if scored { work.score_rows(stride) } else { current.rows };
-        for first in (0..current.rows).step_by(rows_at_once.max(1) as usize) {
-            let count = rows_at_once.min(current.rows - first);
-            let rows = In::at(current.rows_at + u64::from(first) * size_of::<Row>() as u64);
+        // Nothing is chosen where every row sees no more than are selected.
+        if stride <= self.shape.topk {
+            return Ok(Selection(()));
+        }
+        let args = |first: u32, count: u32| {
             let act = |x: &Activation| In::at(x.at + u64::from(first) * u64::from(x.cols) * self.act_bytes());
-            if scored {
-                let args = IndexScoreArgs {
-                    rows,
-                    q: act(qi),
-                    hw: act(head_weights),
-                    entries: In::at(index.entries.at()),
-                    pages: In::at(self.state.pages.at()),
-                    scores: Out::at(scores),
-                    stride,
-                    pages_max: self.state.pages_max,
-                    count,
-                    per: 0,
-                    scale: (1.0 / width.sqrt() / heads.sqrt()) as f32,
-                };
-                indexer::launch_score(&self.stream, score, stride, args)?;
-            }
-            let args = IndexSelectArgs {
-                rows,
-                scores: In::at(scores),
+            IndexScoreArgs {
+                rows: In::at(current.rows_at + u64::from(first) * size_of::<Row>() as u64),
+                q: act(qi),
+                hw: act(head_weights),
+                turns: self.turns(layer),
+                entries: In::at(index.entries.at()),
+                pages: In::at(self.state.pages.at()),
+                scores: Out::at(work.scores.at()),
+                bins: Out::at(work.score_bins.at()),
+                arrived: Out::at(work.score_arrived.at()),
                 selected: Out::at(work.selected.at() + u64::from(first) * u64::from(self.shape.topk) * 4),
-                counts: Out::at(work.counts.at() + u64::from(first) * 4),
                 stride,
-            };
-            indexer::launch_select(&self.stream, select, count, args)?;
+                pages_max: self.state.pages_max,
+                count,
+                per: 0,
+                scale: (1.0 / width.sqrt() / heads.sqrt()) as f32,
+            }
+        };
+        if current.rows <= DECODE_ROWS {
+            indexer::launch_choose(&self.stream, kernels, sizes, self.numerics, stride, args(0, current.rows))?;
+            return Ok(Selection(()));
+        }
+        let queries = IndexQueriesArgs { q: Out::at(qi.at), turns: self.turns(layer), count: current.rows };
+        indexer::launch_queries(&self.stream, kernels, sizes, queries)?;
+        let rows_at_once = work.score_rows(stride).max(1);
+        for first in (0..current.rows).step_by(rows_at_once as usize) {
+            let count = rows_at_once.min(current.rows - first);
+            indexer::launch_choose_long(&self.stream, kernels, stride, args(first, count))?;
         }
         Ok(Selection(()))
     }
 
-    /// Attention over window, entries and this step's rows; then the rings take the step's rows.
+    /// Attention over window, entries and this step's rows; then the rings take the rows of a longer step.
     pub(super) fn attend_entries(
         &mut self,
         q: &Activation,
@@ -156,19 +132,22 @@ impl GpuBackend {
             entries: In::at(state.compressed.as_ref().map_or(0, |c| c.entries.at())),
             pages: In::at(self.state.pages.at()),
             selected: In::at(work.selected.at()),
-            counts: In::at(work.counts.at()),
             sinks: In::at(self.weights.small(layer.block, Kind::AttnSink)),
             turns: self.turns(layer),
             o: Out::at(o.at),
             partial: Out::at(work.attend_partial.at()),
             stats: Out::at(work.attend_stats.at()),
+            arrived: Out::at(work.attend_arrived.at()),
             heads: s.heads,
             pages_max: self.state.pages_max,
             splits: 0,
+            parts: 0,
+            eps: self.config.rms_norm_eps,
         };
         let kernels = self.kernels.attend.of(layer.ratio);
         sparse_attention::launch(&self.stream, kernels, s.attention(layer.ratio), self.numerics, rows, args)?;
-        self.store_rings(layer)?;
+        let [_, store] = self.kernels.prepare.of(layer.ratio);
+        kv::launch_store_rings(&self.stream, store, s.prepare(layer.ratio), self.prepare_args(layer))?;
         Ok(o)
     }
 
@@ -209,64 +188,43 @@ impl GpuBackend {
         cache.as_ref().unwrap_or_else(|| panic!("{:?} has no such compressor", layer.block))
     }
 
-    /// Closes the windows that the step's rows fill, of a layer that has such a compressor.
-    fn compress(&self, layer: &LayerSpec, index: bool) -> Result<(), DeviceError> {
-        let (kernel, ape, norm, values, gates) = match (layer.ratio, index) {
-            (0, _) | (128, true) => return Ok(()),
-            (_, true) => {
-                let kernel = self.kernels.compress_index.unwrap_or_else(|| panic!("a model with index entries"));
-                (kernel, Kind::IndexerApe, Kind::IndexerNorm, &self.work.index_values, &self.work.index_gates)
-            }
-            (ratio, false) => {
-                let kernel = self.kernels.compress.of(ratio);
-                (kernel, Kind::CompressorApe, Kind::CompressorNorm, &self.work.values, &self.work.gates)
-            }
-        };
-        let cache = self.compressed(layer, index);
-        let args = CompressArgs {
-            rows: In::at(self.current.rows_at),
-            values: In::at(values.at()),
-            gates: In::at(gates.at()),
-            ring_values: In::at(cache.values.at()),
-            ring_gates: In::at(cache.gates.at()),
-            ape: In::at(self.weights.small(layer.block, ape)),
-            norm: In::at(self.weights.small(layer.block, norm)),
-            turns: In::at(self.current.turns[if layer.ratio == 4 { 2 } else { 3 }]),
-            entries: Out::at(cache.entries.at()),
-            pages: In::at(self.state.pages.at()),
-            stride: cache.columns,
-            pages_max: self.state.pages_max,
-            eps: self.config.rms_norm_eps,
-        };
-        let sizes = self.shape.compressor(layer.ratio, index);
-        kv::launch_compress(&self.stream, kernel, sizes, self.current.rows, args)
-    }
-
-    /// The step's newest rows into the rings: nothing of this layer reads older ones after this.
-    fn store_rings(&self, layer: &LayerSpec) -> Result<(), DeviceError> {
-        let (state, work) = (self.state.layer(layer.block), &self.work);
-        let ring = |cache: &Option<DeviceCompressed>, values: u64, gates: u64| match cache {
-            None => RingArgs::none(),
-            Some(cache) => RingArgs {
+    fn prepare_args(&self, layer: &LayerSpec) -> PrepareArgs {
+        let (state, work, block) = (self.state.layer(layer.block), &self.work, layer.block);
+        let small = |kind| In::at(self.weights.small(block, kind));
+        let compressor = |cache: &Option<DeviceCompressed>, values: u64, gates: u64, ape, norm| match cache {
+            None => CompressArgs::none(),
+            Some(cache) => CompressArgs {
                 values: In::at(values),
                 gates: In::at(gates),
                 ring_values: Out::at(cache.values.at()),
                 ring_gates: Out::at(cache.gates.at()),
-                width: cache.columns,
+                ape: small(ape),
+                norm: small(norm),
+                entries: Out::at(cache.entries.at()),
                 stride: cache.columns,
-                capacity: cache.capacity,
             },
         };
-        let args = StoreRingsArgs {
+        let (values, gates) = (work.values.at(), work.gates.at());
+        let entries = compressor(&state.compressed, values, gates, Kind::CompressorApe, Kind::CompressorNorm);
+        let (values, gates) = (work.index_values.at(), work.index_gates.at());
+        let index = compressor(&state.index, values, gates, Kind::IndexerApe, Kind::IndexerNorm);
+        PrepareArgs {
             rows: In::at(self.current.rows_at),
-            kv: In::at(work.kv.at()),
+            query: Out::at(work.query_rank.at()),
+            query_norm: small(Kind::QNorm),
+            kv_raw: In::at(work.kv_raw.at()),
+            kv_norm: small(Kind::KvNorm),
+            turns: self.turns(layer),
+            entry_turns: In::at(self.current.turns[if layer.ratio == 4 { 2 } else { 3 }]),
+            pages: In::at(self.state.pages.at()),
+            kv: Out::at(work.kv.at()),
             window: Out::at(state.window.at()),
-            rings: [
-                ring(&state.compressed, work.values.at(), work.gates.at()),
-                ring(&state.index, work.index_values.at(), work.index_gates.at()),
-            ],
+            compressors: [entries, index],
             count: self.current.rows,
-        };
-        kv::launch_store_rings(&self.stream, self.kernels.kv[3], args)
+            kv_stride: self.shape.head_dim,
+            pages_max: self.state.pages_max,
+            store: 0,
+            eps: self.config.rms_norm_eps,
+        }
     }
 }

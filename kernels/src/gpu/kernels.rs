@@ -17,11 +17,11 @@ use crate::ops::dense_gemm::gemm::{self, GemmPoint};
 use crate::ops::dense_gemm::gemv::{self, Gemv};
 use crate::ops::dense_gemm::native::{self, Native, NativePoint};
 use crate::ops::hyper_connection::{self as hc, HcKernels, HcShape};
-use crate::ops::kv::{self, CompressSizes};
+use crate::ops::indexer::Indexer;
 use crate::ops::moe_gemm::decode::{self, Experts, MoeDecode};
 use crate::ops::moe_gemm::native::{self as native_moe, NativeExperts};
 use crate::ops::moe_gemm::prefill::{self, MoeSizes, Prefill};
-use crate::ops::{embedding, indexer, rms_norm, router, sparse_attention};
+use crate::ops::{embedding, indexer, kv, rms_norm, router, sparse_attention};
 use crate::tuning::Tuning;
 
 /// Rows up to which a step streams weights past a few rows; longer steps multiply tiles.
@@ -130,14 +130,17 @@ impl Shape {
         }
     }
 
-    /// A compressor of `ratio` positions.
-    pub fn compressor(&self, ratio: u32, index: bool) -> CompressSizes {
-        CompressSizes {
+    /// What precedes attention over entries of `ratio` positions.
+    pub fn prepare(&self, ratio: u32) -> kv::Sizes {
+        kv::Sizes {
             ratio,
-            width: if index { self.index_dim } else { self.head_dim },
+            query_rank: self.q_rank,
+            head_dim: self.head_dim,
             rope: self.rope,
-            index,
-            capacity: state::compressor_capacity(ratio),
+            index_dim: self.index_dim,
+            window: self.window,
+            capacity: state::window_capacity(self.window),
+            compressor_capacity: state::compressor_capacity(ratio),
             per_page: per_page(ratio),
         }
     }
@@ -180,8 +183,6 @@ fn ratio_index(ratio: u32) -> usize {
 pub struct Kernels {
     /// embed, expand, settle, draft_add.
     pub embedding: [Kernel; 4],
-    /// Of the low-rank query.
-    pub q_norm: Kernel,
     /// Of the model's width; only drafts need it.
     pub hidden_norm: Option<Kernel>,
     /// Hyper-connections.
@@ -194,15 +195,11 @@ pub struct Kernels {
     pub moe: Vec<MoeDecode>,
     /// Long steps in published numerics, where the sizes allow it.
     pub long: Option<Long>,
-    /// kv_rows, query_heads, index_queries, store_rings.
-    pub kv: [Kernel; 4],
-    /// Compressors of entries.
-    pub compress: ByRatio<Kernel>,
-    /// Compressor of index entries.
-    pub compress_index: Option<Kernel>,
-    /// index_score, index_select.
-    pub indexer: Option<[Kernel; 2]>,
-    /// attend, attend_merge.
+    /// attn_prepare, store_rings.
+    pub prepare: ByRatio<[Kernel; 2]>,
+    /// The choice of entries.
+    pub indexer: Option<Indexer>,
+    /// attend, attend_long.
     pub attend: ByRatio<[Kernel; 2]>,
 }
 
@@ -242,7 +239,6 @@ impl Kernels {
         let ratios: Vec<u32> = layers(config).iter().chain(&drafts).map(|l| l.ratio).collect();
         let hc_shape = hc_shape(config);
         let embedding = take(load(&embedding::unit(s.hidden as usize, s.streams as usize, numerics))?);
-        let [q_norm] = take(load(&rms_norm::unit(s.q_rank as usize, numerics))?);
         let hidden_norm = match drafts.is_empty() {
             true => None,
             false => load(&rms_norm::unit(s.hidden as usize, numerics))?.first().copied(),
@@ -267,38 +263,25 @@ impl Kernels {
             true => Some(Long::walk(&s, tuning, &mut load)?),
             false => None,
         };
-        let sizes = kv::Sizes {
-            head_dim: s.head_dim,
-            rope: s.rope,
-            index_dim: s.index_dim,
-            capacity: state::window_capacity(s.window),
-        };
-        let kv = take(load(&kv::unit(sizes, numerics))?);
-        let (mut compress, mut attend) = ([None; 3], [None; 3]);
+        let (mut prepare, mut attend) = ([None; 3], [None; 3]);
         for ratio in [0, 4, 128].into_iter().filter(|ratio| ratios.contains(ratio)) {
-            if ratio != 0 {
-                let [kernel] = take(load(&kv::compress_unit(s.compressor(ratio, false), numerics))?);
-                compress[ratio_index(ratio)] = Some(kernel);
-            }
+            prepare[ratio_index(ratio)] = Some(take(load(&kv::unit(s.prepare(ratio), numerics))?));
             attend[ratio_index(ratio)] = Some(take(load(&sparse_attention::unit(s.attention(ratio), numerics))?));
         }
-        let (mut compress_index, mut index) = (None, None);
+        let mut index = None;
         if ratios.contains(&4) {
-            compress_index = load(&kv::compress_unit(s.compressor(4, true), numerics))?.first().copied();
-            index = Some(take(load(&indexer::unit(s.indexer(), numerics))?));
+            let [score, queries, score_long, select] = take(load(&indexer::unit(s.indexer(), numerics))?);
+            index = Some(Indexer { score, queries, score_long, select });
         }
         Ok(Kernels {
             embedding,
-            q_norm,
             hidden_norm,
             hc: HcKernels { shape: hc_shape, site, tiled, collapse, finish, head },
             router,
             gemv: gemvs,
             moe,
             long,
-            kv,
-            compress: ByRatio(compress),
-            compress_index,
+            prepare: ByRatio(prepare),
             indexer: index,
             attend: ByRatio(attend),
         })
@@ -320,7 +303,7 @@ impl Kernels {
         let mut images = images?.into_iter();
         Kernels::walk(config, tp, numerics, tuning, |unit| {
             let image = images.next().unwrap_or_else(|| panic!("no image of unit {}", unit.family));
-            load(gpu, unit, &image)
+            unit.load(gpu, &image)
         })
     }
 
@@ -336,7 +319,7 @@ impl Kernels {
         let arch = gpu.facts().arch();
         Kernels::walk(config, tp, numerics, tuning, |unit| {
             let (cubin, _) = nvrtc.compile(unit, &arch)?;
-            load(gpu, unit, &Image::Cubin(cubin))
+            unit.load(gpu, &Image::Cubin(cubin))
         })
     }
 
@@ -360,6 +343,7 @@ impl Shape {
         indexer::Sizes {
             heads: self.index_heads,
             width: self.index_dim,
+            rope: self.rope,
             topk: self.topk,
             ratio: 4,
             per_page: per_page(4),
@@ -411,12 +395,6 @@ impl NativeLong {
             experts: NativeExperts::new(sizes, experts, take(load(&native_moe::unit(sizes, experts))?)),
         })
     }
-}
-
-/// The kernels of a compiled unit, in its order. Errors: one is not in its image.
-pub fn load(gpu: &dyn Gpu, unit: &Unit, image: &Image) -> Result<Vec<Kernel>, DeviceError> {
-    let names: Vec<(&str, u32)> = unit.kernels.iter().map(|(name, shared)| (name.as_str(), *shared)).collect();
-    gpu.load(image, &names)
 }
 
 /// As many as there must be: units list their kernels, and loading gives one for each.

@@ -13,7 +13,7 @@ use crate::device::{Buffer, DeviceError, Gpu};
 use crate::gpu::kernels::{DECODE_ROWS, Shape, hc_shape};
 use crate::numerics::Numerics;
 use crate::ops::moe_gemm::prefill;
-use crate::ops::{router, sparse_attention};
+use crate::ops::{indexer, router, sparse_attention};
 
 /// Scores that are computed before they are selected from: float32 values, unless a decode step needs more.
 const SCORES_MAX: u64 = 1 << 25;
@@ -85,9 +85,17 @@ impl Need {
         (self.rows * self.entries).min(SCORES_MAX).max(decode) * WORD
     }
 
-    fn attention(&self) -> (u64, u64) {
+    fn attention(&self) -> sparse_attention::Room {
         // The same for every ratio.
         sparse_attention::workspace(self.shape.attention(0))
+    }
+
+    /// Words between the blocks of a short step's rows that choose entries.
+    fn choice(&self) -> (u64, u64) {
+        match self.entries {
+            0 => (0, 0),
+            _ => indexer::workspace(DECODE_ROWS),
+        }
     }
 
     fn expert_tiles(&self) -> u64 {
@@ -116,10 +124,7 @@ macro_rules! workspace {
             /// Reserves all of them. Errors: not enough GPU memory.
             pub fn new(gpu: &Arc<dyn Gpu>, $need: &Need) -> Result<Workspace, DeviceError> {
                 let work = Workspace { $($role: Buffer::new(gpu, $bytes)?),* };
-                // Counters are zero between launches: whoever arrives last sees to it.
-                for counter in [&work.site_arrivals, &work.gate_arrivals] {
-                    gpu.fill(counter.at(), 0, counter.bytes())?;
-                }
+                work.clear_counts(gpu.as_ref())?;
                 Ok(work)
             }
 
@@ -188,14 +193,18 @@ workspace! { n;
     index_queries: n.act(n.shape.index_heads * n.shape.index_dim);
     /// Scores of index entries of some rows, float32.
     scores: n.scores();
-    /// Chosen entries, `[rows, TOPK]`, and how many.
+    /// Counts of the scores' first digits. Zeros between launches.
+    score_bins: n.choice().0 * WORD;
+    /// Blocks of a row that have scored. Zeros between launches.
+    score_arrived: n.choice().1 * WORD;
+    /// Chosen entries, `[rows, TOPK]`.
     selected: n.f32(n.shape.topk);
+    /// Attention's sums of split lists.
+    attend_partial: n.attention().partial * WORD;
     /// As above.
-    counts: n.f32(1);
-    /// Attention's parts of split lists.
-    attend_partial: n.attention().0 * WORD;
-    /// As above.
-    attend_stats: n.attention().1 * WORD;
+    attend_stats: n.attention().stats * WORD;
+    /// Splits that have been summed. Zeros between launches.
+    attend_arrived: n.attention().arrived * WORD;
     /// Attention, `[rows, H, HD]` activations.
     attended: n.act(n.shape.heads * n.shape.head_dim);
     /// The low-rank output, `[rows, G*OR]` activations.
@@ -227,6 +236,13 @@ workspace! { n;
 }
 
 impl Workspace {
+    /// What is counted in begins with nothing, and is left so by whoever arrives last. Errors: the GPU's.
+    fn clear_counts(&self, gpu: &dyn Gpu) -> Result<(), DeviceError> {
+        [&self.site_arrivals, &self.gate_arrivals, &self.score_bins, &self.score_arrived, &self.attend_arrived]
+            .into_iter()
+            .try_for_each(|counts| gpu.fill(counts.at(), 0, counts.bytes()))
+    }
+
     /// Rows whose scores fit, at `stride` values each.
     pub fn score_rows(&self, stride: u32) -> u32 {
         (self.scores.bytes() / (u64::from(stride) * WORD)).min(u64::from(u32::MAX)) as u32

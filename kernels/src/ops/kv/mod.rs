@@ -1,8 +1,10 @@
-//! What attention reads of a row: window rows, compressed entries, queries; and the rings that keep them.
+//! What attention reads of a row: its low-rank query, window row and compressed entries; and the rings that keep
+//! window rows and projections.
 //!
-//! Within a step, rows of its own positions are read from the step's buffers and older ones from the rings;
-//! [`launch_store_rings`] puts the newest rows into the rings and comes last. The reference is spread over
-//! `reference/forward.rs` and [`super::compressor`], [`super::rope`], [`super::rms_norm`].
+//! Within a step, rows of its own positions are read from the step's buffers and older ones from the rings. A short
+//! step's rows enter the rings at once: what they replace is older than anything that the step reads. A longer step's
+//! newest rows do so at its end ([`launch_store_rings`]). The reference is spread over `reference/forward.rs` and
+//! [`super::compressor`], [`super::rope`], [`super::rms_norm`].
 
 #[cfg(test)]
 pub(crate) mod testing;
@@ -16,162 +18,140 @@ use crate::kernel_args;
 use crate::numerics::Numerics;
 
 kernel_args! {
-    /// Normalised, rotated and rounded window rows `y` `[count, HD]` of raw projections `kv` `[count, stride]`.
-    pub struct KvRowsArgs {
-        kv: In<Act>, w: In<F32>, turns: In<Turn>, y: Out<Act>, stride: u32, count: u32, eps: f32,
-    }
-    /// Heads `q` `[count, heads, HD or ID]`, changed in place. `eps` is of the queries' norm.
-    pub struct HeadsArgs {
-        q: Out<Act>, turns: In<Turn>, count: u32, heads: u32, eps: f32,
-    }
-    /// A compressor's projections `[count, stride]` and its rings `[slots, capacity, width]`; `width` is a multiple
-    /// of 4.
-    pub struct RingArgs {
-        values: In<F32>, gates: In<F32>, ring_values: Out<F32>, ring_gates: Out<F32>,
-        width: u32, stride: u32, capacity: u32,
-    }
-    /// Window rows `kv` `[count, HD]` go to `window` `[slots, CAPW, HD]`, projections to the compressors' rings.
-    pub struct StoreRingsArgs {
-        rows: In<StepRow>, kv: In<Act>, window: Out<Act>, rings: [RingArgs; 2], count: u32,
-    }
-    /// Entries of the windows that the rows close; see compress.cu for shapes.
+    /// A compressor of the layer; see compress.cuh for shapes. Nothing where the layer has none.
     pub struct CompressArgs {
-        rows: In<StepRow>, values: In<F32>, gates: In<F32>, ring_values: In<F32>, ring_gates: In<F32>,
-        ape: In<F32>, norm: In<F32>, turns: In<Turn>, entries: Out<Act>, pages: In<U32>,
-        stride: u32, pages_max: u32, eps: f32,
+        values: In<F32>, gates: In<F32>, ring_values: Out<F32>, ring_gates: Out<F32>, ape: In<F32>, norm: In<F32>,
+        entries: Out<Act>, stride: u32,
+    }
+    /// See prepare.cu for shapes. `compressors` are those of entries and of index entries; `store` is set by
+    /// [`launch_prepare`].
+    pub struct PrepareArgs {
+        rows: In<StepRow>, query: Out<Act>, query_norm: In<F32>, kv_raw: In<Act>, kv_norm: In<F32>, turns: In<Turn>,
+        entry_turns: In<Turn>, pages: In<U32>, kv: Out<Act>, window: Out<Act>, compressors: [CompressArgs; 2],
+        count: u32, kv_stride: u32, pages_max: u32, store: u32, eps: f32,
     }
 }
 
-impl RingArgs {
+impl CompressArgs {
     /// No compressor.
-    pub fn none() -> RingArgs {
+    pub fn none() -> CompressArgs {
         let (none, out) = (In::none(), Out::none());
-        RingArgs { values: none, gates: none, ring_values: out, ring_gates: out, width: 0, stride: 0, capacity: 1 }
+        CompressArgs {
+            values: none,
+            gates: none,
+            ring_values: out,
+            ring_gates: out,
+            ape: none,
+            norm: none,
+            entries: Out::none(),
+            stride: 0,
+        }
     }
 }
 
 /// Threads of a block.
-const THREADS: u32 = 128;
+const THREADS: u32 = 256;
+/// Positions of a long compression window that a thread loads at once.
+const AT_ONCE: u32 = 4;
 
-/// Sizes that the row kernels are compiled for. Each is a multiple of 64; `capacity` is of the window rings.
+/// Sizes that the kernels are compiled for. Widths are multiples of 64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Channels of a head, and of window rows.
+    /// Positions of a compression window: 0 (none), 4 (windows overlap; there are index entries too) or another
+    /// number (they do not).
+    pub ratio: u32,
+    /// Channels of the low-rank query.
+    pub query_rank: u32,
+    /// Channels of a head, of window rows and of entries.
     pub head_dim: u32,
     /// Rotated channels.
     pub rope: u32,
-    /// Channels of an index head.
+    /// Channels of an index entry.
     pub index_dim: u32,
-    /// Positions that a window ring holds; any number.
+    /// Positions of the attention window.
+    pub window: u32,
+    /// Positions that a window ring holds.
     pub capacity: u32,
-}
-
-/// What is compiled for rows and rings: `kv_rows`, `query_heads`, `index_queries`, `store_rings`.
-pub fn unit(sizes: Sizes, numerics: Numerics) -> Unit {
-    let Sizes { head_dim, rope, index_dim, capacity } = sizes;
-    for width in [head_dim, index_dim] {
-        assert!(width % 64 == 0 && rope % 64 == 0 && rope <= width, "{sizes:?}: widths are multiples of 64");
-    }
-    assert!(index_dim.is_power_of_two(), "{sizes:?}: the Hadamard transform is of a power of two");
-    Unit {
-        family: "kv",
-        source: concat!(include_str!("rows.cuh"), include_str!("kv.cu")),
-        args: [KvRowsArgs::cuda(), HeadsArgs::cuda(), StoreRingsArgs::cuda()].concat(),
-        defines: vec![
-            define("CAPW", capacity),
-            hadamard_scale(index_dim),
-            define("HD", head_dim),
-            define("ID", index_dim),
-            published(numerics),
-            define("ROPE", rope),
-            define("THREADS", THREADS),
-        ],
-        kernels: ["kv_rows", "query_heads", "index_queries", "store_rings"].map(|k| (k.into(), 0)).to_vec(),
-    }
-}
-
-/// The factor of [`crate::numerics::hadamard`], to the bit.
-fn hadamard_scale(width: u32) -> (String, String) {
-    let scale = (1.0 / f64::from(width).sqrt()) as f32;
-    define("HADAMARD_SCALE", format!("float_of({:#x}u)", scale.to_bits()))
-}
-
-/// A compressor that `compress` is compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CompressSizes {
-    /// Positions of a window: 4 (windows overlap) or another number (they do not).
-    pub ratio: u32,
-    /// Channels of an entry.
-    pub width: u32,
-    /// Rotated channels.
-    pub rope: u32,
-    /// Whether entries are the indexer's.
-    pub index: bool,
-    /// Positions that its rings hold.
-    pub capacity: u32,
+    /// Positions that a compressor's rings hold.
+    pub compressor_capacity: u32,
     /// Entries of a page.
     pub per_page: u32,
 }
 
-impl CompressSizes {
-    fn threads(&self) -> u32 {
-        self.width.clamp(128, 512)
+impl Sizes {
+    /// Compressors of the layer.
+    pub fn compressors(&self) -> u32 {
+        match self.ratio {
+            0 => 0,
+            4 => 2,
+            _ => 1,
+        }
+    }
+
+    /// Rows of a step that may enter the rings before older rows are read: row `i` replaces position
+    /// `start + i - capacity`, and the oldest that is read is `start - reach`.
+    pub fn stored_at_once(&self) -> u32 {
+        let window = self.capacity - (self.window - 1);
+        match self.ratio {
+            0 => window,
+            4 => window.min(self.compressor_capacity - 7),
+            ratio => window.min(self.compressor_capacity - (ratio - 1)),
+        }
     }
 }
 
-/// What is compiled for a compressor: `compress`.
-pub fn compress_unit(sizes: CompressSizes, numerics: Numerics) -> Unit {
-    let CompressSizes { ratio, width, rope, index, capacity, per_page } = sizes;
-    assert!(width % 64 == 0 && rope % 64 == 0 && rope <= width, "{sizes:?}: widths are multiples of 64");
-    assert!(!index || width.is_power_of_two(), "{sizes:?}: the Hadamard transform is of a power of two");
+/// The factor of [`crate::numerics::hadamard`], to the bit.
+pub(super) fn hadamard_scale(width: u32) -> (String, String) {
+    let scale = (1.0 / f64::from(width).sqrt()) as f32;
+    define("HADAMARD_SCALE", format!("float_of({:#x}u)", scale.to_bits()))
+}
+
+/// What is compiled for layers of a ratio: `attn_prepare`, `store_rings`.
+pub fn unit(sizes: Sizes, numerics: Numerics) -> Unit {
+    let Sizes { ratio, query_rank, head_dim, rope, index_dim, capacity, compressor_capacity, per_page, .. } = sizes;
+    for width in [query_rank, head_dim, index_dim, rope] {
+        assert!(width % 64 == 0, "{sizes:?}: widths are multiples of 64");
+    }
+    assert!(rope <= index_dim && index_dim <= head_dim && head_dim <= 1024, "{sizes:?}: widths that fit one another");
+    assert!(index_dim.is_power_of_two(), "{sizes:?}: the Hadamard transform is of a power of two");
+    let runs = 4 * THREADS / head_dim;
+    assert!([0, 4].contains(&ratio) || ratio % (runs * AT_ONCE) == 0, "{sizes:?}: whole runs of a long window");
+    assert!(capacity >= sizes.window && (ratio == 0 || compressor_capacity >= 8.max(ratio)), "{sizes:?}: rings");
     Unit {
-        family: "compress",
-        source: concat!(include_str!("rows.cuh"), include_str!("compress.cu")),
-        args: CompressArgs::cuda(),
+        family: "kv",
+        source: concat!(include_str!("rows.cuh"), include_str!("compress.cuh"), include_str!("prepare.cu")),
+        args: PrepareArgs::cuda(),
         defines: vec![
-            define("CAPC", capacity),
+            define("CAPC", compressor_capacity),
+            define("CAPW", capacity),
             define("EPP", per_page),
-            hadamard_scale(width),
-            define("INDEX", u32::from(index)),
+            hadamard_scale(index_dim),
+            define("HD", head_dim),
+            define("ID", index_dim),
             published(numerics),
+            define("Q_RANK", query_rank),
             define("RATIO", ratio),
             define("ROPE", rope),
-            define("THREADS", sizes.threads()),
-            define("WIDTH", width),
+            define("THREADS", THREADS),
         ],
-        kernels: vec![("compress".into(), 0)],
+        kernels: ["attn_prepare", "store_rings"].map(|k| (k.into(), 0)).to_vec(),
     }
 }
 
-/// A warp for each of `items`.
-fn warps(items: u64) -> Launch {
-    Launch::row(items.div_ceil(u64::from(THREADS / 32)) as u32, THREADS)
+/// Query, window row and entries of each of the step's rows. Short steps enter the rings; after longer ones
+/// [`launch_store_rings`] must come.
+pub fn launch_prepare(gpu: &dyn Gpu, kernel: Kernel, sizes: Sizes, mut args: PrepareArgs) -> Result<(), DeviceError> {
+    args.store = u32::from(args.count <= sizes.stored_at_once());
+    let blocks = (2 * args.count).div_ceil(THREADS / 32) + args.count * sizes.compressors();
+    gpu.launch(kernel, Launch::row(blocks, THREADS), args.bytes().as_slice())
 }
 
-/// Window rows of the step.
-pub fn launch_kv_rows(gpu: &dyn Gpu, kernel: Kernel, args: KvRowsArgs) -> Result<(), DeviceError> {
-    gpu.launch(kernel, warps(args.count.into()), args.bytes().as_slice())
-}
-
-/// Query heads (`query_heads`) or index heads (`index_queries`) of the step.
-pub fn launch_heads(gpu: &dyn Gpu, kernel: Kernel, args: HeadsArgs) -> Result<(), DeviceError> {
-    gpu.launch(kernel, warps(u64::from(args.count) * u64::from(args.heads)), args.bytes().as_slice())
-}
-
-/// Entries of the windows that the step's `rows` rows close.
-pub fn launch_compress(
-    gpu: &dyn Gpu,
-    kernel: Kernel,
-    sizes: CompressSizes,
-    rows: u32,
-    args: CompressArgs,
-) -> Result<(), DeviceError> {
-    gpu.launch(kernel, Launch::row(rows, sizes.threads()), args.bytes().as_slice())
-}
-
-/// The step's newest rows into the rings: after attention and compressors have read older ones.
-pub fn launch_store_rings(gpu: &dyn Gpu, kernel: Kernel, args: StoreRingsArgs) -> Result<(), DeviceError> {
-    let rings = args.rings.iter().take_while(|ring| ring.width != 0).count() as u32;
-    let shape = Launch { grid: [args.count, 1 + rings, 1], threads: THREADS, shared: 0 };
-    gpu.launch(kernel, shape, args.bytes().as_slice())
+/// The newest rows of a step that [`launch_prepare`] has not stored into the rings: after attention has read older
+/// ones. Nothing after short steps.
+pub fn launch_store_rings(gpu: &dyn Gpu, kernel: Kernel, sizes: Sizes, args: PrepareArgs) -> Result<(), DeviceError> {
+    if args.count <= sizes.stored_at_once() {
+        return Ok(());
+    }
+    let grid = [args.count, 1 + sizes.compressors(), 1];
+    gpu.launch(kernel, Launch { grid, threads: THREADS, shared: 0 }, args.bytes().as_slice())
 }

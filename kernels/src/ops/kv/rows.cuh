@@ -44,13 +44,12 @@ DEVICE float inverse_rms_row(const float (&v)[J][2], float eps) {
 }
 // w * (x * r), rounded.
 template <int J>
-DEVICE void norm_row(float (&v)[J][2], const float* w, float eps) {
+DEVICE void norm_row(float (&v)[J][2], const float (&w)[J][2], float eps) {
     float r = inverse_rms_row(v, eps);
 #pragma unroll
     for (int j = 0; j < J; j++) {
-        float2 p = load_pair(w + 64 * j + 2 * lane_id());
-        v[j][0] = p.x * (v[j][0] * r);
-        v[j][1] = p.y * (v[j][1] * r);
+        v[j][0] = w[j][0] * (v[j][0] * r);
+        v[j][1] = w[j][1] * (v[j][1] * r);
     }
     round_row(v);
 }
@@ -121,9 +120,10 @@ DEVICE void index_round_row(float (&v)[J][2], float scale) {
         float amax = fmaxf(fabsf(x), fabsf(y));
 #pragma unroll
         for (int m = 8; m > 0; m /= 2) amax = fmaxf(amax, shuffle_xor(amax, m));
-        float step = pow2(scale_exponent(amax, FP4_INVERSE_MAX, FP4_AMAX_MIN));
-        v[j][0] = round_act(e2m1_round(x / step) * step);
-        v[j][1] = round_act(e2m1_round(y / step) * step);
+        int e = scale_exponent(amax, FP4_INVERSE_MAX, FP4_AMAX_MIN);
+        float step = pow2(e), inverse = pow2(-e);
+        v[j][0] = round_act(e2m1_round(x * inverse) * step);
+        v[j][1] = round_act(e2m1_round(y * inverse) * step);
     }
 #endif
 }

@@ -50,8 +50,9 @@ pub fn assert_rounded(found: &[f32], expected: &[f32], numerics: Numerics, step:
 
 /// One compressor of the layer.
 pub struct Compressor {
-    pub sizes: CompressSizes,
-    kernel: Kernel,
+    ratio: u32,
+    width: u32,
+    per_page: u32,
     ring: [Buffer; 2],
     ape: Vec<f32>,
     norm: Vec<f32>,
@@ -63,31 +64,30 @@ pub struct Compressor {
 }
 
 impl Compressor {
-    fn new(bench: &mut Bench, sizes: CompressSizes, numerics: Numerics) -> Compressor {
-        let cols = (if sizes.ratio == 4 { 2 } else { 1 } * sizes.width) as usize;
-        let ring = || bench.buffer::<f32>(SLOTS * sizes.capacity as usize * cols);
+    fn new(bench: &mut Bench, sizes: Sizes, width: u32) -> Compressor {
+        let Sizes { ratio, per_page, .. } = sizes;
+        let cols = (if ratio == 4 { 2 } else { 1 } * width) as usize;
+        let ring = || bench.buffer::<f32>(SLOTS * sizes.compressor_capacity as usize * cols);
         let ring = [ring(), ring()];
-        let (ape, norm) = (bench.noise(sizes.ratio as usize * cols), bench.noise(sizes.width as usize));
-        let pages_max = ENTRIES_MAX.div_ceil(sizes.per_page);
+        let (ape, norm) = (bench.noise(ratio as usize * cols), bench.noise(width as usize));
+        let pages_max = ENTRIES_MAX.div_ceil(per_page);
         let count = SLOTS as u32 * pages_max;
         let pages: Vec<u32> = (0..count).map(|i| (i * 7 + 3) % count).collect();
         assert!(!count.is_multiple_of(7), "pages are all different");
-        let entries = bench.buffer_act((count * sizes.per_page * sizes.width) as usize);
-        let kernel = bench.kernel(&compress_unit(sizes, numerics), "compress");
+        let entries = bench.buffer_act((count * per_page * width) as usize);
         let device = [bench.upload(&ape), bench.upload(&norm)];
         let device_pages = bench.upload(&pages);
-        Compressor { sizes, kernel, ring, ape, norm, device, entries, pages, device_pages, pages_max }
+        Compressor { ratio, width, per_page, ring, ape, norm, device, entries, pages, device_pages, pages_max }
     }
 
     fn cols(&self) -> usize {
-        self.ape.len() / self.sizes.ratio as usize
+        self.ape.len() / self.ratio as usize
     }
 
-    /// Where an entry lies on the device.
-    pub fn entry_at(&self, slot: usize, w: usize) -> usize {
-        let per = self.sizes.per_page as usize;
-        let page = self.pages[slot * self.pages_max as usize + w / per] as usize;
-        (page * per + w % per) * self.sizes.width as usize
+    /// Which row of the cache an entry is.
+    pub fn place_of(&self, slot: usize, w: usize) -> usize {
+        let per = self.per_page as usize;
+        self.pages[slot * self.pages_max as usize + w / per] as usize * per + w % per
     }
 }
 
@@ -97,7 +97,9 @@ pub struct Done {
     pub device_rows: Buffer,
     pub kv: Buffer,
     pub turns: Buffer,
-    projections: Vec<[Buffer; 2]>,
+    args: PrepareArgs,
+    // What the arguments point to.
+    _inputs: Vec<Buffer>,
 }
 
 /// The layer.
@@ -112,8 +114,8 @@ pub struct Layer {
     /// Raised before positions are filled with other content.
     pub generation: u64,
     rope: Rope,
-    norm: Vec<f32>,
-    device_norm: Buffer,
+    norms: [Vec<f32>; 2],
+    device_norms: [Buffer; 2],
     kernels: [Kernel; 2],
 }
 
@@ -123,38 +125,31 @@ impl Layer {
         let mut bench = Bench::new(numerics)?;
         let config = ModelConfig::parse(config).unwrap();
         let spec = layers(&config).into_iter().find(|l| l.ratio == ratio).expect("a layer of this ratio");
-        let rope = config.qk_rope_head_dim as u32;
         let sizes = Sizes {
-            head_dim: config.head_dim as u32,
-            rope,
-            index_dim: config.index_head_dim as u32,
-            capacity: config.sliding_window as u32 + BACK,
-        };
-        let of = |index: bool| CompressSizes {
             ratio,
-            width: if index { sizes.index_dim } else { sizes.head_dim },
-            rope,
-            index,
-            capacity: if ratio == 4 { 8 } else { ratio } + BACK,
+            query_rank: config.q_lora_rank as u32,
+            head_dim: config.head_dim as u32,
+            rope: config.qk_rope_head_dim as u32,
+            index_dim: config.index_head_dim as u32,
+            window: config.sliding_window as u32,
+            capacity: config.sliding_window as u32 + BACK,
+            compressor_capacity: if ratio == 4 { 8 } else { ratio } + BACK,
             per_page: if ratio == 4 { 64 } else { 2 },
         };
-        let compressors: &[bool] = match ratio {
-            0 => &[],
-            4 => &[false, true],
-            _ => &[false],
-        };
-        let compressors = compressors.iter().map(|i| Compressor::new(&mut bench, of(*i), numerics)).collect();
+        let widths = [sizes.head_dim, sizes.index_dim];
+        let compressors = widths.iter().take(sizes.compressors() as usize);
+        let compressors = compressors.map(|width| Compressor::new(&mut bench, sizes, *width)).collect();
         let unit = unit(sizes, numerics);
-        let kernels = ["kv_rows", "store_rings"].map(|k| bench.kernel(&unit, k));
-        let norm = bench.noise(sizes.head_dim as usize);
+        let kernels = ["attn_prepare", "store_rings"].map(|k| bench.kernel(&unit, k));
+        let norms = [sizes.query_rank, sizes.head_dim].map(|width| bench.noise(width as usize));
         Some(Layer {
             states: (0..SLOTS).map(|_| LayerState::new(&config, &spec, 256)).collect(),
             window: bench.buffer_act(SLOTS * (sizes.capacity * sizes.head_dim) as usize),
             compressors,
             generation: 0,
             rope: Rope::new(&config, ratio != 0),
-            device_norm: bench.upload(&norm),
-            norm,
+            device_norms: norms.each_ref().map(|norm| bench.upload(norm)),
+            norms,
             kernels,
             bench,
             numerics,
@@ -218,71 +213,91 @@ impl Layer {
         }
     }
 
-    /// Window rows and entries of a step of (slot, start, rows), checked; caches of the CPU are up to date, the
-    /// device's rings still older.
+    /// Queries, window rows and entries of a step of (slot, start, rows), checked; caches of the CPU are up to date.
     pub fn step(&mut self, segments: &[(u32, u32, u32)]) -> Done {
         let segments = segments.iter().map(|(slot, start, rows)| Segment { slot: *slot, start: *start, rows: *rows });
         let rows = rows(&Step { segments: segments.collect(), ..Step::default() });
         let count = rows.len();
-        let width = self.sizes.head_dim as usize;
+        let (width, rank) = (self.sizes.head_dim as usize, self.sizes.query_rank as usize);
         let device_rows = self.bench.upload(&rows);
         let turns = self.turns(rows.iter().map(|r| r.position));
+        let entry_turns = self.turns(rows.iter().map(|r| (r.position + 1).saturating_sub(self.sizes.ratio)));
 
-        let raw = self.acts(1, &rows, width + PAD);
-        let device_raw = self.bench.upload_act(&raw);
+        let (raw, low) = (self.acts(1, &rows, width + PAD), self.acts(9, &rows, rank));
+        let (device_raw, device_low) = (self.bench.upload_act(&raw), self.bench.upload_act(&low));
         let kv = self.bench.buffer_act(count * width);
-        let args = KvRowsArgs {
-            kv: In::at(device_raw.at()),
-            w: In::at(self.device_norm.at()),
+        let projections: Vec<[Vec<f32>; 2]> = self
+            .compressors
+            .iter()
+            .enumerate()
+            .map(|(c, of)| {
+                let project = |purpose: u64| -> Vec<f32> {
+                    rows.iter().flat_map(|row| self.noise(purpose + 2 * c as u64, row, of.cols() + PAD)).collect()
+                };
+                [project(2), project(3)]
+            })
+            .collect();
+        let mut inputs = Vec::new();
+        let mut compressors = [CompressArgs::none(); 2];
+        for ((args, of), projections) in compressors.iter_mut().zip(&self.compressors).zip(&projections) {
+            let [values, gates] = projections.each_ref().map(|p| self.bench.upload(p));
+            *args = CompressArgs {
+                values: In::at(values.at()),
+                gates: In::at(gates.at()),
+                ring_values: Out::at(of.ring[0].at()),
+                ring_gates: Out::at(of.ring[1].at()),
+                ape: In::at(of.device[0].at()),
+                norm: In::at(of.device[1].at()),
+                entries: Out::at(of.entries.at()),
+                stride: (of.cols() + PAD) as u32,
+            };
+            inputs.extend([values, gates]);
+        }
+        let pages = self.compressors.first();
+        let args = PrepareArgs {
+            rows: In::at(device_rows.at()),
+            query: Out::at(device_low.at()),
+            query_norm: In::at(self.device_norms[0].at()),
+            kv_raw: In::at(device_raw.at()),
+            kv_norm: In::at(self.device_norms[1].at()),
             turns: In::at(turns.at()),
-            y: Out::at(kv.at()),
-            stride: (width + PAD) as u32,
+            entry_turns: In::at(entry_turns.at()),
+            pages: In::at(pages.map_or(0, |c| c.device_pages.at())),
+            kv: Out::at(kv.at()),
+            window: Out::at(self.window.at()),
+            compressors,
             count: count as u32,
+            kv_stride: (width + PAD) as u32,
+            pages_max: pages.map_or(0, |c| c.pages_max),
+            store: 0,
             eps: 1e-6,
         };
-        launch_kv_rows(self.bench.gpu(), self.kernels[0], args).unwrap();
+        launch_prepare(self.bench.gpu(), self.kernels[0], self.sizes, args).unwrap();
+        let mut expected = low;
+        for row in expected.chunks_exact_mut(rank) {
+            rms_norm(row, &self.norms[0], 1e-6);
+        }
+        self.round(&mut expected);
+        assert_rounded(&self.bench.download_act(&device_low), &expected, self.numerics, 1.0 / 120.0);
         let found = self.bench.download_act(&kv);
         for (i, row) in rows.iter().enumerate() {
             let mut expected = raw[i * (width + PAD)..][..width].to_vec();
-            self.finish(&mut expected, &self.norm, row.position);
+            self.finish(&mut expected, &self.norms[1], row.position);
             self.kv_round(&mut expected);
             let found = &found[i * width..][..width];
             assert_rounded(found, &expected, self.numerics, FP8_STEP);
             self.states[row.slot as usize].window.row_mut(row.position as usize).copy_from_slice(found);
         }
-        let projections = (0..self.compressors.len()).map(|c| self.compress(c, &rows, &device_rows)).collect();
-        Done { rows, device_rows, kv, turns, projections }
+        for (c, projections) in projections.iter().enumerate() {
+            self.compress(c, &rows, projections);
+        }
+        inputs.extend([device_raw, device_low, entry_turns]);
+        Done { rows, device_rows, kv, turns, args, _inputs: inputs }
     }
 
-    fn compress(&mut self, c: usize, rows: &[Row], device_rows: &Buffer) -> [Buffer; 2] {
-        let ratio = self.compressors[c].sizes.ratio;
-        let (cols, index) = (self.compressors[c].cols(), self.compressors[c].sizes.index);
-        let project = |purpose: u64| -> Vec<f32> {
-            rows.iter().flat_map(|row| self.noise(purpose + 2 * c as u64, row, cols + PAD)).collect()
-        };
-        let (values, gates) = (project(2), project(3));
-        let device = [self.bench.upload(&values), self.bench.upload(&gates)];
-        let turns = self.turns(rows.iter().map(|r| (r.position + 1).saturating_sub(ratio)));
-        let of = &self.compressors[c];
-        let args = CompressArgs {
-            rows: In::at(device_rows.at()),
-            values: In::at(device[0].at()),
-            gates: In::at(device[1].at()),
-            ring_values: In::at(of.ring[0].at()),
-            ring_gates: In::at(of.ring[1].at()),
-            ape: In::at(of.device[0].at()),
-            norm: In::at(of.device[1].at()),
-            turns: In::at(turns.at()),
-            entries: Out::at(of.entries.at()),
-            pages: In::at(of.device_pages.at()),
-            stride: (cols + PAD) as u32,
-            pages_max: of.pages_max,
-            eps: 1e-6,
-        };
-        launch_compress(self.bench.gpu(), of.kernel, of.sizes, rows.len() as u32, args).unwrap();
-
-        // As the CPU backend does.
-        let ratio = ratio as usize;
+    /// As the CPU backend does, against the entries on the device.
+    fn compress(&mut self, c: usize, rows: &[Row], [values, gates]: &[Vec<f32>; 2]) {
+        let (ratio, index, cols) = (self.sizes.ratio as usize, c == 1, self.compressors[c].cols());
         let mut closed = Vec::new();
         for (i, row) in rows.iter().enumerate() {
             let (position, from) = (row.position as usize, i * (cols + PAD));
@@ -300,7 +315,7 @@ impl Layer {
         let found = self.bench.download_act(&self.compressors[c].entries);
         for (slot, end) in closed {
             let of = &self.compressors[c];
-            let width = of.sizes.width as usize;
+            let width = of.width as usize;
             let mut expected = vec![0.0; width];
             pool(cache(&mut self.states[slot], index), end, ratio, &mut expected);
             self.round(&mut expected);
@@ -310,36 +325,16 @@ impl Layer {
             } else {
                 self.kv_round(&mut expected)
             }
-            let found = &found[of.entry_at(slot, end / ratio - 1)..][..width];
+            let found = &found[of.place_of(slot, end / ratio - 1) * width..][..width];
             assert_rounded(found, &expected, self.numerics, if index { 0.34 } else { FP8_STEP });
             let entries = &mut cache(&mut self.states[slot], index).entries;
             entries[(end / ratio - 1) * width..][..width].copy_from_slice(found);
         }
-        device
     }
 
-    /// Puts the step's rows into the device's rings.
+    /// Puts the rows of a longer step into the device's rings.
     pub fn store(&mut self, done: &Done) {
-        let mut rings = [RingArgs::none(); 2];
-        for (ring, (of, projections)) in rings.iter_mut().zip(self.compressors.iter().zip(&done.projections)) {
-            *ring = RingArgs {
-                values: In::at(projections[0].at()),
-                gates: In::at(projections[1].at()),
-                ring_values: Out::at(of.ring[0].at()),
-                ring_gates: Out::at(of.ring[1].at()),
-                width: of.cols() as u32,
-                stride: (of.cols() + PAD) as u32,
-                capacity: of.sizes.capacity,
-            };
-        }
-        let args = StoreRingsArgs {
-            rows: In::at(done.device_rows.at()),
-            kv: In::at(done.kv.at()),
-            window: Out::at(self.window.at()),
-            rings,
-            count: done.rows.len() as u32,
-        };
-        launch_store_rings(self.bench.gpu(), self.kernels[1], args).unwrap();
+        launch_store_rings(self.bench.gpu(), self.kernels[1], self.sizes, done.args).unwrap();
     }
 }
 

@@ -1,46 +1,38 @@
-// attend: o[r,h,:] = turned back(sum_t p_t key_t / (sum_t p_t + exp(sink_h - m))), p_t = exp(q[r,h,:] . key_t / sqrt(HD) - m)
+// attend: o[r,h,:] = turned back(sum_t p_t key_t / (sum_t p_t + exp2(sink_h * log2 e - m))), q' = rotate(q[r,h,:] * rms^-1),
+// p_t = exp2(q' . key_t * log2 e / sqrt(HD) - m), m the largest exponent; numerators are rounded to bfloat16 relative to
+// the largest so far
 //
-// q, o     [R, heads, HD] act        kv  [R, HD] act, window rows of this step
+// q, o     [R, heads, HD] act, q as projected     kv  [R, HD] act, window rows of this step
 // window   [slots, CAPW, HD] act, position p at p % CAPW, for positions before the step
-// entries  paged rows of HD act; RATIO 4: those of selected [R, TOPK], counts [R]; other: all visible; 0: none
+// entries  paged rows of HD act; RATIO 4: all visible, or if they are more than TOPK those of selected [R, TOPK], as
+//          rows of the cache; other: all visible; 0: none
 // sinks    [heads] f32     turns  [R, ROPE/2] of the rows' positions
-// partial  [R, splits, heads, HD] f32 unscaled sums and stats [R, splits, heads, 2] f32 (m, sum of p), for
-//          attend_merge; with one split o is written at once
-// grid     published: (splits, R, ceil(heads / HEADS)); float: (splits, R, heads)     smem  see mod.rs
+// partial  [R, splits, heads, HD] f32 unscaled sums and stats [R, splits, heads, 2] f32 (m, sum of p): the last block
+//          of a row's heads (and channels) to arrive sums them; arrived: zeros before and after, one for each
+// grid     attend: short steps, HEADS_SHORT heads a block (splits, R, ceil(heads / HEADS_SHORT) * parts): a part has
+//          the dot products of all channels, but sums HD / parts
+//          attend_long: (splits, R, ceil(heads / HEADS_LONG)); float: (splits, R, heads)     smem  see mod.rs
 // cost     4 * HD flops per head and key. One split of long steps reads 2 * HD bytes per key and HEADS heads out of
-//          the L2 cache; with many splits (decode) a launch is a few latencies.
-// twin     reference.rs::attend; numerators are rounded to bfloat16 relative to the largest score so far, not of all
-#include "base.cuh"
-#include "ptx.cuh"
-
-// One value of the result: divided, rounded, turned back with its neighbour, rounded.
-DEVICE void finish_pair(float& x, float& y, float sum, int channel, const float2* turns) {
-    x = round_act(x / sum);
-    y = round_act(y / sum);
-    if (channel < HD - ROPE) return;
-    float2 turn = turns[(channel - (HD - ROPE)) / 2];
-    float u = x, v = y;
-    x = round_act(u * turn.x + v * turn.y);
-    y = round_act(v * turn.x - u * turn.y);
-}
+//          the L2 cache: bounded by shared memory, about twice the time of the tensor cores. With many splits (decode)
+//          a launch is a few latencies.
+// twin     reference.rs::attend, which rounds relative to the largest of all. (Relative to a power of two, in any order
+//          the same, the rounding's error is a tenth to a quarter larger: the largest is no longer exact.)
 
 #if PUBLISHED
-// A warp owns SLICE channels: it copies, multiplies and sums these of every key, so that keys need no barrier. The
-// dot products of the slices are summed over shared memory, in the order of the slices.
+// A warp owns SLICE channels: it copies and multiplies these of every key, so that keys need no barrier before their
+// dot products. Those of the slices are summed over shared memory, in the order of the slices.
 constexpr int SLICE = HD / WARPS;
 constexpr int CHUNKS = SLICE / 8;
 constexpr int STEPS = SLICE / 16;
-constexpr int BLOCKS = HEADS / 16;
-// Threads that share a head in the softmax, and keys of each.
-constexpr int SHARING = THREADS / HEADS;
-constexpr int EACH = KEYS / SHARING;
-static_assert(EACH == 2 || EACH % 4 == 0, "keys are read in pairs or fours");
 
+template <int HEADS>
 struct Shared {
     u16 keys[2][WARPS][KEYS * SLICE];
+    // While queries are finished and splits merged: other numbers of heads.
     float dots[WARPS][HEADS * KEYS];
     u16 numerators[HEADS * KEYS];
-    float factor[HEADS], max[HEADS], sum[HEADS];
+    float factor[HEADS], top[HEADS], sum[HEADS];
+    u32 last, pad[3];
 };
 
 // Places of 16 bytes in a key's slice, dot products and numerators are permuted so that the rows of a matrix lie in
@@ -64,37 +56,11 @@ DEVICE u32 copy_keys(u16* to, const u16* own, bool real) {
     return mask;
 }
 
-KERNEL(attend, AttendArgs, THREADS) {
-    DYNAMIC_SHARED(Shared, s);
-    u32 r = blockIdx.y, lane = lane_id(), warp = warp_id(), head0 = blockIdx.z * HEADS;
-    Row row = a.rows[r];
-    u32 entries = entries_of(a, row, r), tiles = tiles_of(entries);
-    u32 each = tiles_of_split(tiles, a.splits), begin = blockIdx.x * each;
-    u32 end = begin + each < tiles ? begin + each : tiles;
-    if (begin >= end) return;
-    // Tiles before position 0 add nothing.
-    u32 empty = row.position + 1 < WINDOW ? (WINDOW - 1 - row.position) / KEYS : 0;
-    if (begin < empty) begin = empty;
-
-    // Addresses take two loads; each is asked for a tile before the next needs it.
-    u32 masks[2] = {0, 0}, ahead[2], pages[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) ahead[i] = entry_of(a, r, entries, (begin + i) * KEYS + lane);
-#pragma unroll
-    for (int i = 0; i < 2; i++) pages[i] = page_of(a, row, entries, (begin + i) * KEYS + lane, ahead[i]);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (begin + i < end) {
-            const u16* at;
-            bool real = key_at(a, row, entries, (begin + i) * KEYS + lane, ahead[i], pages[i], at);
-            masks[i] = copy_keys(s->keys[i][warp], at, real);
-        }
-        copy_commit();
-    }
-    u32 entry = entry_of(a, r, entries, (begin + 2) * KEYS + lane);
-
-    // The warp's slice of the queries. Heads that are not there are zeros.
-    u32 q[BLOCKS][STEPS][4];
+// The warp's slice of the queries of `16 * BLOCKS` heads, as operands. Heads that are not there are zeros.
+template <int BLOCKS>
+DEVICE void load_queries(const AttendArgs& a, u32 r, u32 head0, float (*squares)[16 * BLOCKS],
+                         u32 (&q)[BLOCKS][STEPS][4]) {
+    u32 lane = lane_id(), warp = warp_id();
 #pragma unroll
     for (int m = 0; m < BLOCKS; m++) {
 #pragma unroll
@@ -109,6 +75,104 @@ KERNEL(attend, AttendArgs, THREADS) {
             }
         }
     }
+#pragma unroll
+    for (int m = 0; m < BLOCKS; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int k = 0; k < STEPS; k++)
+#pragma unroll
+                for (int i = half; i < 4; i += 2) {
+                    float x, y;
+                    widen_bf16x2(q[m][k][i], x, y);
+                    sum += x * x + y * y;
+                }
+            sum += shuffle_xor(sum, 1);
+            sum += shuffle_xor(sum, 2);
+            if (lane % 4 == 0) squares[warp][m * 16 + half * 8 + lane / 4] = sum;
+        }
+    }
+    sync_block();
+    const float2* turns = a.turns + (u64)r * (ROPE / 2);
+#pragma unroll
+    for (int m = 0; m < BLOCKS; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) sum += squares[w][m * 16 + half * 8 + lane / 4];
+            float scale = 1.0f / sqrtf(sum / HD + a.eps);
+#pragma unroll
+            for (int k = 0; k < STEPS; k++)
+#pragma unroll
+                for (int i = half; i < 4; i += 2) {
+                    int channel = warp * SLICE + 16 * k + 2 * (lane % 4) + (i < 2 ? 0 : 8);
+                    float x, y;
+                    widen_bf16x2(q[m][k][i], x, y);
+                    finish_query(x, y, scale, channel, turns);
+                    q[m][k][i] = pack_bf16x2(x, y);
+                }
+        }
+    }
+}
+
+// A block's heads of a row, over the keys of a split. PARTS: blockIdx.z says which of a.parts parts of the channels it
+// sums, too; else it sums all.
+template <int BLOCKS, bool PARTS>
+DEVICE void attend_block(const AttendArgs& a, Shared<16 * BLOCKS>* s) {
+    constexpr int HEADS = 16 * BLOCKS;
+    // Threads that share a head in the softmax, and keys of each.
+    constexpr int SHARING = THREADS / HEADS;
+    constexpr int EACH = KEYS / SHARING;
+    static_assert(EACH == 2 || EACH % 4 == 0, "keys are read in pairs or fours");
+    u32 r = blockIdx.y, lane = lane_id(), warp = warp_id();
+    u32 parts = PARTS ? a.parts : 1, group = blockIdx.z / parts, head0 = group * HEADS;
+    // Channels that are summed: of the block and of this warp.
+    u32 channels = HD / parts, channel0 = blockIdx.z % parts * channels, own0 = channel0 + warp * (channels / WARPS);
+    // The warp's are in one slice.
+    u32 slice = own0 / SLICE;
+    int chunk0 = (int)(own0 % SLICE / 8);
+    // Rows and pages were written before the step.
+    List list = list_of(a, r);
+    release_next();
+    u32 begin = blockIdx.x * list.each, end = begin + list.each < list.tiles ? begin + list.each : list.tiles;
+    // Tiles before position 0 add nothing.
+    u32 empty = list.row.position + 1 < WINDOW ? (WINDOW - 1 - list.row.position) / KEYS : 0;
+    bool idle = begin >= end;
+    if (begin < empty) begin = empty;
+
+    u32 masks[2] = {0, 0}, places[2] = {0, 0};
+    if (!list.chosen && !idle) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            places[i] = place_of(a, list, (begin + i) * KEYS + lane);
+            const u16* at;
+            // Keys come from far.
+            if (begin + i < end && key_at(a, list, (begin + i) * KEYS + lane, places[i], at))
+                prefetch_l2(at + warp * SLICE);
+        }
+    }
+    wait_for_previous();
+    if (idle) return;
+    // Addresses of chosen keys take a load; it is asked for a tile before the copy needs it.
+    if (list.chosen) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) places[i] = place_of(a, list, (begin + i) * KEYS + lane);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (begin + i < end) {
+            const u16* at;
+            bool real = key_at(a, list, (begin + i) * KEYS + lane, places[i], at);
+            masks[i] = copy_keys(s->keys[i][warp], at, real);
+        }
+        copy_commit();
+    }
+    u32 place = place_of(a, list, (begin + 2) * KEYS + lane);
+
+    u32 q[BLOCKS][STEPS][4];
+    load_queries<BLOCKS>(a, r, head0, reinterpret_cast<float(*)[HEADS]>(s->numerators), q);
     float o[BLOCKS][CHUNKS][4];
 #pragma unroll
     for (int m = 0; m < BLOCKS; m++)
@@ -117,14 +181,11 @@ KERNEL(attend, AttendArgs, THREADS) {
 #pragma unroll
             for (int i = 0; i < 4; i++) o[m][n][i] = 0.0f;
     int head_of_thread = threadIdx.x / SHARING, first_key = threadIdx.x % SHARING * EACH;
-    float max = NO_SCORE, sum = 0.0f;
+    float top = NO_SCORE, sum = 0.0f;
 
 #pragma unroll 1
     for (u32 t = begin; t < end; t++) {
-        u16* keys = s->keys[(t - begin) & 1][warp];
-        u32 i_next = (t + 2) * KEYS + lane;
-        u32 page = page_of(a, row, entries, i_next, entry);
-        u32 entry_after = entry_of(a, r, entries, i_next + KEYS);
+        u16(*keys)[KEYS * SLICE] = s->keys[(t - begin) & 1];
         copy_wait<1>();
         sync_warp();
 #pragma unroll
@@ -138,7 +199,7 @@ KERNEL(attend, AttendArgs, THREADS) {
             for (int k = 0; k < STEPS; k++) {
                 u32 b[4];
                 int key = half * 16 + (int)(lane / 16) * 8 + (int)(lane % 8), chunk = 2 * k + (int)(lane / 8 % 2);
-                load_matrix_x4(b, keys + key_place(key, chunk));
+                load_matrix_x4(b, keys[warp] + key_place(key, chunk));
                 u32 b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 #pragma unroll
                 for (int m = 0; m < BLOCKS; m++) {
@@ -180,20 +241,19 @@ KERNEL(attend, AttendArgs, THREADS) {
                 }
             }
             u32 mask = masks[0] >> first_key;
-            float largest = max;
+            float before = top;
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
                 x[i] = mask >> i & 1 ? x[i] * SCALE : NO_SCORE;
-                largest = fmaxf(largest, x[i]);
+                top = fmaxf(top, x[i]);
             }
 #pragma unroll
-            for (int m = 1; m < SHARING; m *= 2) largest = fmaxf(largest, shuffle_xor(largest, m));
-            float factor = expf(max - largest);
-            max = largest;
+            for (int m = 1; m < SHARING; m *= 2) top = fmaxf(top, shuffle_xor(top, m));
+            float factor = exp2f(before - top);
             sum *= factor;
 #pragma unroll
             for (int i = 0; i < EACH; i++) {
-                x[i] = mask >> i & 1 ? expf(x[i] - max) : 0.0f;
+                x[i] = mask >> i & 1 ? exp2f(x[i] - top) : 0.0f;
                 sum += x[i];
             }
             u16* to = s->numerators + numerator_place(head_of_thread, first_key / 8) + first_key % 8;
@@ -229,8 +289,10 @@ KERNEL(attend, AttendArgs, THREADS) {
             }
 #pragma unroll
             for (int n = 0; n < CHUNKS; n += 2) {
+                if (PARTS && n * 8 >= (int)(channels / WARPS)) break;
                 u32 b[4];
-                load_matrix_x4_trans(b, keys + key_place(k * 16 + (int)(lane % 16), n + (int)(lane / 16)));
+                int key = k * 16 + (int)(lane % 16), chunk = (PARTS ? chunk0 : 0) + n + (int)(lane / 16);
+                load_matrix_x4_trans(b, keys[PARTS ? slice : warp] + key_place(key, chunk));
                 u32 b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 #pragma unroll
                 for (int m = 0; m < BLOCKS; m++) {
@@ -239,24 +301,28 @@ KERNEL(attend, AttendArgs, THREADS) {
                 }
             }
         }
-        sync_warp();
         masks[0] = masks[1];
         if (t + 2 < end) {
+            // Other warps may still sum this one's slice.
+            if (PARTS && parts > 1) sync_block();
+            else sync_warp();
             const u16* at;
-            bool real = key_at(a, row, entries, i_next, entry, page, at);
-            masks[1] = copy_keys(keys, at, real);
+            bool real = key_at(a, list, (t + 2) * KEYS + lane, place, at);
+            masks[1] = copy_keys(keys[warp], at, real);
         }
         copy_commit();
-        entry = entry_after;
+        place = place_of(a, list, (t + 3) * KEYS + lane);
     }
 
 #pragma unroll
     for (int m = 1; m < SHARING; m *= 2) sum += shuffle_xor(sum, m);
+    bool merged = a.splits > 1;
     if (first_key == 0) {
         u32 head = head0 + head_of_thread;
-        if (a.splits > 1 && head < a.heads)
-            *reinterpret_cast<float2*>(a.stats + 2 * partial_at(a, r, blockIdx.x, head)) = float2{max, sum};
-        s->max[head_of_thread] = max;
+        // Every part of the channels has the same two numbers, and needs them.
+        if (merged && head < a.heads)
+            *reinterpret_cast<float2*>(a.stats + 2 * partial_at(a, r, blockIdx.x, head)) = float2{top, sum};
+        s->top[head_of_thread] = top;
         s->sum[head_of_thread] = sum;
     }
     sync_block();
@@ -266,49 +332,76 @@ KERNEL(attend, AttendArgs, THREADS) {
         for (int half = 0; half < 2; half++) {
             u32 local = m * 16 + half * 8 + lane / 4, head = head0 + local;
             if (head >= a.heads) continue;
-            if (a.splits > 1) {
-                float* to = a.partial + partial_at(a, r, blockIdx.x, head) * HD + warp * SLICE + 2 * (lane % 4);
-#pragma unroll
-                for (int n = 0; n < CHUNKS; n++)
-                    *reinterpret_cast<float2*>(to + 8 * n) = float2{o[m][n][2 * half], o[m][n][2 * half + 1]};
-                continue;
-            }
-            float all = s->sum[local] + expf(a.sinks[head] - s->max[local]);
+            float* partial = a.partial + partial_at(a, r, blockIdx.x, head) * HD;
             u16* to = a.o + ((u64)r * a.heads + head) * HD;
+            float all = merged ? 1.0f : s->sum[local] + exp2f(a.sinks[head] * LOG2_E - s->top[local]);
 #pragma unroll
             for (int n = 0; n < CHUNKS; n++) {
-                int channel = warp * SLICE + 8 * n + 2 * (lane % 4);
+                if (PARTS && n * 8 >= (int)(channels / WARPS)) break;
+                int channel = own0 + 8 * n + 2 * (lane % 4);
                 float x = o[m][n][2 * half], y = o[m][n][2 * half + 1];
+                if (merged) {
+                    *reinterpret_cast<float2*>(partial + channel) = float2{x, y};
+                    continue;
+                }
                 finish_pair(x, y, all, channel, a.turns + (u64)r * (ROPE / 2));
                 *reinterpret_cast<u32*>(to + channel) = pack_bf16x2(x, y);
             }
         }
     }
+    if (!merged || !is_last(a.arrived + (u64)r * gridDim.z + blockIdx.z, list.splits, s->last)) return;
+    merge<HEADS>(a, list, head0, channel0, channels, s->dots[0], s->sum);
+}
+
+KERNEL(attend, AttendArgs, THREADS) {
+    DYNAMIC_SHARED(Shared<HEADS_SHORT>, s);
+    attend_block<HEADS_SHORT / 16, true>(a, s);
+}
+KERNEL(attend_long, AttendArgs, THREADS) {
+    DYNAMIC_SHARED(Shared<HEADS_LONG>, s);
+    attend_block<HEADS_LONG / 16, false>(a, s);
 }
 #else
-KERNEL(attend, AttendArgs, THREADS) {
+DEVICE void attend_head(const AttendArgs& a) {
     SHARED float q[HD];
     SHARED float scores[KEYS];
     SHARED float numerators[KEYS];
     SHARED const float* keys[KEYS];
+    SHARED float stats[2 * SPLITS_MAX];
+    SHARED float scratch[WARPS];
+    SHARED u32 last;
     u32 r = blockIdx.y, head = blockIdx.z, lane = lane_id();
-    Row row = a.rows[r];
-    u32 entries = entries_of(a, row, r), tiles = tiles_of(entries);
-    u32 each = tiles_of_split(tiles, a.splits), begin = blockIdx.x * each;
-    u32 end = begin + each < tiles ? begin + each : tiles;
+    List list = list_of(a, r);
+    u32 begin = blockIdx.x * list.each, end = begin + list.each < list.tiles ? begin + list.each : list.tiles;
+    release_next();
+    wait_for_previous();
     if (begin >= end) return;
-    for (u32 c = threadIdx.x; c < HD; c += THREADS) q[c] = a.q[((u64)r * a.heads + head) * HD + c];
+    const float2* turns = a.turns + (u64)r * (ROPE / 2);
+    float squares = 0.0f;
+    for (u32 c = threadIdx.x; c < HD; c += THREADS) {
+        float x = a.q[((u64)r * a.heads + head) * HD + c];
+        squares += x * x;
+    }
+    float scale = 1.0f / sqrtf(block_sum<THREADS>(squares, scratch) / HD + a.eps);
     // A thread sums pairs of channels.
     constexpr int PAIRS = (HD / 2 + THREADS - 1) / THREADS;
     float o[PAIRS][2];
-    for (int j = 0; j < PAIRS; j++) o[j][0] = o[j][1] = 0.0f;
-    float max = NO_SCORE, sum = 0.0f;
+    for (int j = 0; j < PAIRS; j++) {
+        u32 c = 2 * (threadIdx.x + j * THREADS);
+        o[j][0] = o[j][1] = 0.0f;
+        if (c >= HD) continue;
+        float2 v = *reinterpret_cast<const float2*>(a.q + ((u64)r * a.heads + head) * HD + c);
+        finish_query(v.x, v.y, scale, c, turns);
+        q[c] = v.x;
+        q[c + 1] = v.y;
+    }
+    float top = NO_SCORE, sum = 0.0f;
     for (u32 t = begin; t < end; t++) {
         sync_block();
         if (threadIdx.x < KEYS) {
-            u32 i = t * KEYS + threadIdx.x, entry = entry_of(a, r, entries, i);
+            u32 i = t * KEYS + threadIdx.x;
             const float* at;
-            bool real = key_at(a, row, entries, i, entry, page_of(a, row, entries, i, entry), at);
+            bool real = key_at(a, list, i, place_of(a, list, i), at);
             keys[threadIdx.x] = real ? at : nullptr;
         }
         sync_block();
@@ -321,12 +414,11 @@ KERNEL(attend, AttendArgs, THREADS) {
             if (lane == 0) scores[j] = key ? dot * SCALE : NO_SCORE;
         }
         sync_block();
-        float largest = max;
-        for (int j = 0; j < KEYS; j++) largest = fmaxf(largest, scores[j]);
-        float factor = expf(max - largest);
-        max = largest;
+        float before = top;
+        for (int j = 0; j < KEYS; j++) top = fmaxf(top, scores[j]);
+        float factor = exp2f(before - top);
         if (threadIdx.x < KEYS)
-            numerators[threadIdx.x] = keys[threadIdx.x] ? expf(scores[threadIdx.x] - max) : 0.0f;
+            numerators[threadIdx.x] = keys[threadIdx.x] ? exp2f(scores[threadIdx.x] - top) : 0.0f;
         sync_block();
         sum *= factor;
         for (int j = 0; j < KEYS; j++) sum += numerators[j];
@@ -344,52 +436,22 @@ KERNEL(attend, AttendArgs, THREADS) {
             }
         }
     }
-    float all = sum + expf(a.sinks[head] - max);
+    bool merged = a.splits > 1;
+    float all = sum + exp2f(a.sinks[head] * LOG2_E - top);
     u64 partial = partial_at(a, r, blockIdx.x, head);
 #pragma unroll
     for (int p = 0; p < PAIRS; p++) {
         u32 c = 2 * (threadIdx.x + p * THREADS);
         if (c >= HD) continue;
-        if (a.splits == 1) finish_pair(o[p][0], o[p][1], all, c, a.turns + (u64)r * (ROPE / 2));
-        float* to = a.splits > 1 ? a.partial + partial * HD : a.o + ((u64)r * a.heads + head) * HD;
+        if (!merged) finish_pair(o[p][0], o[p][1], all, c, turns);
+        float* to = merged ? a.partial + partial * HD : a.o + ((u64)r * a.heads + head) * HD;
         *reinterpret_cast<float2*>(to + c) = float2{o[p][0], o[p][1]};
     }
-    if (a.splits > 1 && threadIdx.x == 0)
-        *reinterpret_cast<float2*>(a.stats + 2 * partial) = float2{max, sum};
+    if (!merged) return;
+    if (threadIdx.x == 0) *reinterpret_cast<float2*>(a.stats + 2 * partial) = float2{top, sum};
+    if (is_last(a.arrived + (u64)r * a.heads + head, list.splits, last)) merge<1>(a, list, head, 0, HD, stats, scratch);
 }
-#endif
 
-// attend_merge: the splits of a row and head, summed in their order.     grid  (heads, R)
-KERNEL(attend_merge, AttendArgs, MERGE_THREADS) {
-    u32 head = blockIdx.x, r = blockIdx.y;
-    Row row = a.rows[r];
-    u32 tiles = tiles_of(entries_of(a, row, r)), each = tiles_of_split(tiles, a.splits);
-    u32 splits = (tiles + each - 1) / each;
-    float max = NO_SCORE;
-    for (u32 i = 0; i < splits; i++) max = fmaxf(max, a.stats[2 * partial_at(a, r, i, head)]);
-    float sum = 0.0f;
-    for (u32 i = 0; i < splits; i++) {
-        const float* of = a.stats + 2 * partial_at(a, r, i, head);
-        sum += of[1] * expf(of[0] - max);
-    }
-    sum += expf(a.sinks[head] - max);
-    for (u32 c = 4 * threadIdx.x; c < HD; c += 4 * MERGE_THREADS) {
-        float o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-        for (u32 i = 0; i < splits; i++) {
-            u64 at = partial_at(a, r, i, head);
-            float factor = expf(a.stats[2 * at] - max);
-            float4 v = *reinterpret_cast<const float4*>(a.partial + at * HD + c);
-            o[0] += factor * v.x;
-            o[1] += factor * v.y;
-            o[2] += factor * v.z;
-            o[3] += factor * v.w;
-        }
-        const float2* turns = a.turns + (u64)r * (ROPE / 2);
-        finish_pair(o[0], o[1], sum, c, turns);
-        finish_pair(o[2], o[3], sum, c + 2, turns);
-        act_t* to = a.o + ((u64)r * a.heads + head) * HD + c;
-#pragma unroll
-        for (int i = 0; i < 4; i++) store(to + i, o[i]);
-    }
-}
+KERNEL(attend, AttendArgs, THREADS) { attend_head(a); }
+KERNEL(attend_long, AttendArgs, THREADS) { attend_head(a); }
+#endif

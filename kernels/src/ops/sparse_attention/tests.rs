@@ -1,7 +1,8 @@
 use super::*;
 use crate::device::Buffer;
 use crate::ops::kv::testing::{Done, FLASH, Layer, NANO, TINY, assert_rounded};
-use crate::ops::rope::{Rope, rotate_back};
+use crate::ops::rms_norm::inverse_rms;
+use crate::ops::rope::{Rope, rotate, rotate_back};
 
 const BOTH: [Numerics; 2] = [Numerics::Float, Numerics::Published];
 
@@ -25,10 +26,10 @@ impl Attention {
             capacity: layer.sizes.capacity,
             ratio,
             topk,
-            per_page: layer.compressors.first().map_or(1, |c| c.sizes.per_page),
+            per_page: layer.sizes.per_page,
         };
         let unit = unit(sizes, numerics);
-        let kernels = ["attend", "attend_merge"].map(|k| layer.bench.kernel(&unit, k));
+        let kernels = ["attend", "attend_long"].map(|k| layer.bench.kernel(&unit, k));
         let sinks = layer.bench.noise(heads as usize);
         let rope = Rope::new(&layer.config, ratio != 0);
         Some(Attention { layer, sizes, kernels, sinks, rope })
@@ -53,44 +54,69 @@ impl Attention {
     fn run(&self, done: &Done) -> Vec<f32> {
         let (heads, width) = (self.sizes.heads as usize, self.sizes.head_dim as usize);
         let (count, topk) = (done.rows.len(), self.sizes.topk as usize);
-        let q = self.layer.acts(10, &done.rows, heads * width);
+        let raw = self.layer.acts(10, &done.rows, heads * width);
         let selected = self.selected(done);
         let mut lists = vec![u32::MAX; count * topk];
-        let mut counts = vec![0u32; count];
-        if self.sizes.ratio == 4 {
-            for (r, chosen) in selected.iter().enumerate() {
-                lists[r * topk..][..chosen.len()].copy_from_slice(chosen);
-                counts[r] = chosen.len() as u32;
+        for ((row, chosen), list) in done.rows.iter().zip(&selected).zip(lists.chunks_exact_mut(topk)) {
+            // Rows that see no more have no list.
+            if self.sizes.ratio == 4 && (row.position + 1) / 4 > self.sizes.topk {
+                let place = |w: &u32| self.layer.compressors[0].place_of(row.slot as usize, *w as usize) as u32;
+                list.iter_mut().zip(chosen).for_each(|(to, w)| *to = place(w));
             }
         }
         let bench = &self.layer.bench;
-        let (dq, lists, counts) = (bench.upload_act(&q), bench.upload(&lists), bench.upload(&counts));
-        let (sinks, o) = (bench.upload(&self.sinks), bench.buffer_act(count * heads * width));
-        let (partial, stats) = workspace(self.sizes);
-        let (partial, stats) = (bench.buffer::<f32>(partial as usize), bench.buffer::<f32>(stats as usize));
+        let (dq, lists, sinks) = (bench.upload_act(&raw), bench.upload(&lists), bench.upload(&self.sinks));
+        let room = workspace(self.sizes);
+        let (partial, stats) = (bench.buffer::<f32>(room.partial as usize), bench.buffer::<f32>(room.stats as usize));
+        let arrived = bench.upload(&vec![0u32; room.arrived as usize]);
         let at = |buffer: Option<&Buffer>| buffer.map_or(0, Buffer::at);
         let entries = self.layer.compressors.first();
-        let args = AttendArgs {
-            rows: In::at(done.device_rows.at()),
-            q: In::at(dq.at()),
-            kv: In::at(done.kv.at()),
-            window: In::at(self.layer.window.at()),
-            entries: In::at(at(entries.map(|c| &c.entries))),
-            pages: In::at(at(entries.map(|c| &c.device_pages))),
-            selected: In::at(lists.at()),
-            counts: In::at(counts.at()),
-            sinks: In::at(sinks.at()),
-            turns: In::at(done.turns.at()),
-            o: Out::at(o.at()),
-            partial: Out::at(partial.at()),
-            stats: Out::at(stats.at()),
-            heads: 0,
-            pages_max: entries.map_or(0, |c| c.pages_max),
-            splits: 0,
+        let attend_in = |parts: u32, times: u32| {
+            let o = bench.buffer_act(count * heads * width);
+            let args = AttendArgs {
+                rows: In::at(done.device_rows.at()),
+                q: In::at(dq.at()),
+                kv: In::at(done.kv.at()),
+                window: In::at(self.layer.window.at()),
+                entries: In::at(at(entries.map(|c| &c.entries))),
+                pages: In::at(at(entries.map(|c| &c.device_pages))),
+                selected: In::at(lists.at()),
+                sinks: In::at(sinks.at()),
+                turns: In::at(done.turns.at()),
+                o: Out::at(o.at()),
+                partial: Out::at(partial.at()),
+                stats: Out::at(stats.at()),
+                arrived: Out::at(arrived.at()),
+                heads: 0,
+                pages_max: entries.map_or(0, |c| c.pages_max),
+                splits: 0,
+                parts: 0,
+                eps: 1e-6,
+            };
+            for _ in 0..times {
+                let (sizes, numerics) = (self.sizes, self.layer.numerics);
+                launch_parts(bench.gpu(), self.kernels, sizes, numerics, count as u32, parts, args).unwrap();
+            }
+            assert!(arrived.values::<u32>().unwrap().iter().all(|n| *n == 0), "counters are left behind");
+            bench.download_act(&o)
         };
-        launch(bench.gpu(), self.kernels, self.sizes, self.layer.numerics, count as u32, args).unwrap();
-        let found = bench.download_act(&o);
+        let found = attend_in(1, 1);
+        let same = |other: Vec<f32>| found.iter().zip(&other).all(|(a, b)| a.to_bits() == b.to_bits());
+        assert!(same(attend_in(1, 2)), "another launch with the same counters");
+        if count <= 16 && self.layer.numerics == Numerics::Published {
+            for parts in [2, 4].into_iter().filter(|parts| self.sizes.parts_are_possible(*parts)) {
+                assert!(same(attend_in(parts, 2)), "{parts} parts of the channels");
+            }
+        }
 
+        let mut q = raw;
+        for (i, head) in q.chunks_exact_mut(width).enumerate() {
+            let scale = inverse_rms(head, 1e-6);
+            head.iter_mut().for_each(|v| *v *= scale);
+            bench.round(head);
+            rotate(head, &self.rope.at(done.rows[i / heads].position));
+            bench.round(head);
+        }
         let mut distance = Distance::default();
         for (r, row) in done.rows.iter().enumerate() {
             let (state, position) = (&self.layer.states[row.slot as usize], row.position as usize);
