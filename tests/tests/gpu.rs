@@ -10,7 +10,7 @@ use dsv4_kernels::device::emulated::{self, Emulated};
 use dsv4_kernels::device::nvrtc::Nvrtc;
 use dsv4_kernels::device::unit::Unit;
 use dsv4_kernels::device::{DeviceError, Gpu};
-use dsv4_kernels::gpu::kernels::{Kernels, load};
+use dsv4_kernels::gpu::kernels::Kernels;
 use dsv4_kernels::gpu::weights::{DeviceWeights, upload_arena};
 use dsv4_kernels::gpu::{Activation, GpuBackend, GpuError, GpuOptions, Streams};
 use dsv4_kernels::numerics::Numerics;
@@ -331,7 +331,7 @@ fn block_scaled_products_are_the_portable_ones() {
             let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/emulated");
             Kernels::walk(config, tp, numerics, &tuning, |unit| {
                 let unit = broken(unit);
-                load(gpu, &unit, &emulated::compile(&unit, &built)?)
+                unit.load(gpu, &emulated::compile(&unit, &built)?)
             })
         });
         b.verdicts().iter().for_each(|v| println!("{v}"));

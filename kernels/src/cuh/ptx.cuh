@@ -36,6 +36,7 @@ DEVICE void copy_wait() {
     emu::copy_finish(PENDING);
 }
 DEVICE void prefetch_l2(const void*, u32) {}
+DEVICE void prefetch_l2(const void*) {}
 DEVICE void wait_for_previous() {}
 DEVICE void release_next() {}
 DEVICE float reciprocal_near(float x) { return 1.0f / x; }
@@ -194,6 +195,8 @@ DEVICE void copy_wait() {
 DEVICE void prefetch_l2(const void* at, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
 }
+// The line of 128 bytes at an address.
+DEVICE void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 // Programmatic launch. Nothing that an earlier kernel writes is read before the wait; it ends when the kernel ahead has
 // ended, which has waited as well, and so on: every block waits, also where it has nothing to do.
 DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
