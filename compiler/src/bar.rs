@@ -21,20 +21,27 @@ impl Bar {
     fn current(&self) -> std::sync::MutexGuard<'_, ProgressBar> {
         self.bar.lock().unwrap_or_else(|e| e.into_inner())
     }
+
+    fn draw(&self, what: &str, total: u64, template: &str) {
+        if !self.shown {
+            return;
+        }
+        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        *self.current() = ProgressBar::new(total).with_style(style).with_message(what.to_owned());
+    }
 }
 
 impl Progress for Bar {
     fn start(&self, what: &str, total_bytes: u64) {
-        if !self.shown {
-            return;
-        }
-        let template = "{msg} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
-        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-        *self.current() = ProgressBar::new(total_bytes).with_style(style).with_message(what.to_owned());
+        self.draw(what, total_bytes, "{msg} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left");
     }
 
-    fn add(&self, bytes: u64) {
-        self.current().inc(bytes);
+    fn start_count(&self, what: &str, total: u64) {
+        self.draw(what, total, "{msg} {wide_bar} {pos} of {len}, {eta} left");
+    }
+
+    fn add(&self, n: u64) {
+        self.current().inc(n);
     }
 
     fn finish(&self) {

@@ -308,7 +308,7 @@ fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>, CompileError> {
     }
 }
 
-fn read_text(path: &Path, limit: u64) -> Result<String, CompileError> {
+pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, CompileError> {
     let invalid = |e: std::string::FromUtf8Error| {
         CompileError::io("read", path)(std::io::Error::new(std::io::ErrorKind::InvalidData, e))
     };

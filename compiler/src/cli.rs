@@ -11,7 +11,11 @@ use dsv4c::CompileError;
 use dsv4c::checkpoint::Config;
 use dsv4c::diff::diff;
 use dsv4c::inspect;
-use dsv4c::pack::{JOURNAL_EVERY_DEFAULT, MEMORY_DEFAULT, PackOptions, pack_and_tell};
+use dsv4c::kernels::add::{AddOptions, add};
+use dsv4c::kernels::{ARCH_DEFAULT, is_arch};
+use dsv4c::pack::{
+    JOURNAL_EVERY_DEFAULT, MEMORY_DEFAULT, PackOptions, PackReport, WeightlessOptions, pack_and_tell, pack_weightless,
+};
 use dsv4c::plan::Plan;
 use dsv4c::plan::forecast::{Forecast, ForecastOptions};
 use dsv4c::push::{self, PushOptions, Ranks, ReceiveOptions, Receiver, Token};
@@ -34,11 +38,17 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Packs a checkpoint into an artifact.
+    /// Packs a checkpoint into an artifact: weights cut for its ranks, and GPU kernels compiled for them.
     ///
     /// After a kill, a power loss or a failed disk the same command goes on where the journal ends; other
     /// threads, memory and marks are the same command.
     Pack(PackArgs),
+    /// Compiles GPU kernels for an artifact that is there: for one more architecture, or as this version of the program
+    /// and its tuning tables have them. Rank files are neither read nor written.
+    ///
+    /// The artifact gets another id. Other machines need the same kernels: run this there too, or `dsv4c push` to a
+    /// `receive --force`, which sends only what is new.
+    Kernels(KernelsArgs),
     /// Says what a pack would write, and whether disk and memory suffice; reads no weights.
     ///
     /// Exit code 0 whatever the answer; programs read `forecast.fits` of --json.
@@ -187,20 +197,30 @@ struct ReceiveArgs {
 #[derive(Args)]
 struct PackArgs {
     /// Directory with config.json and the *.safetensors files.
-    checkpoint: PathBuf,
+    #[arg(required_unless_present = "config")]
+    checkpoint: Option<PathBuf>,
+    /// Pack no weights, only the kernels of this config.json: an artifact for `dsv4-run bench`.
+    #[arg(long, requires_all = ["weights_seed", "out"], conflicts_with_all = ["checkpoint", "rank", "sha256"])]
+    config: Option<PathBuf>,
+    /// What the bench makes the weights from.
+    #[arg(long, value_name = "SEED", requires = "config")]
+    weights_seed: Option<u64>,
     /// Number of ranks.
     #[arg(long, value_parser = tp)]
     tp: u32,
     /// The artifact's directory [default: the checkpoint's name, with .dsv4, here].
     #[arg(short, long)]
     out: Option<PathBuf>,
-    /// GPU architectures to compile kernels for; `none` packs weights only.
-    #[arg(long, default_value = "none")]
-    arch: String,
+    /// GPU architectures to compile kernels for, such as sm_121a,sm_90a; `none` packs for the CPU alone.
+    #[arg(long, value_name = "A,B", value_parser = arches, default_value = ARCH_DEFAULT)]
+    arch: Arches,
+    /// Directory of NVRTC 13.0.88 [default: where scripts/setup cuda puts it, or a CUDA toolkit's].
+    #[arg(long, value_name = "DIR")]
+    nvrtc: Option<PathBuf>,
     /// Write only this rank's file; the ids are those of all.
     #[arg(long)]
     rank: Option<u32>,
-    /// Threads that read and cut [default: one per processor].
+    /// Threads that compile, then read and cut [default: one per processor].
     #[arg(long)]
     jobs: Option<NonZeroUsize>,
     /// Bytes of memory to use, with an optional K, M or G.
@@ -222,6 +242,30 @@ struct PackArgs {
     /// about twice as many.
     #[arg(long, value_name = "BYTES", value_parser = bytes, default_value_t = JOURNAL_EVERY_DEFAULT)]
     journal_every: u64,
+    /// The summary for programs.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct KernelsArgs {
+    /// The artifact.
+    artifact: PathBuf,
+    /// Architectures, such as sm_121a,sm_90a [default: those it has kernels for, or sm_121a].
+    #[arg(long, value_name = "A,B", value_parser = some_arches)]
+    arch: Option<Arches>,
+    /// Directory of NVRTC 13.0.88 [default: where scripts/setup cuda puts it, or a CUDA toolkit's].
+    #[arg(long, value_name = "DIR")]
+    nvrtc: Option<PathBuf>,
+    /// A tuning table to use in place of this program's, for the architecture that it is of.
+    #[arg(long, value_name = "FILE")]
+    tuning: Option<PathBuf>,
+    /// Threads [default: one per processor].
+    #[arg(long)]
+    jobs: Option<NonZeroUsize>,
+    /// Drop the artifact's signature, which is of the kernels as they are.
+    #[arg(long)]
+    force: bool,
     /// The summary for programs.
     #[arg(long)]
     json: bool,
@@ -254,26 +298,21 @@ pub fn run() -> Result<(), CompileError> {
     let bar = Bar::new(cli.quiet);
     match cli.verb {
         Verb::Pack(args) => {
-            refuse_arch(&args.arch)?;
-            let options = PackOptions {
-                checkpoint: args.checkpoint,
-                out: args.out,
-                tp: args.tp,
-                rank: args.rank,
-                jobs: args.jobs,
-                memory: args.memory,
-                force: args.force,
-                sha256: args.sha256,
-                read_back: !args.no_verify,
-                fresh: args.fresh,
-                journal_every: args.journal_every,
-            };
-            let report = pack_and_tell(&options, &bar, &|line| {
-                if !cli.quiet {
-                    tell(line)
-                }
-            })?;
+            let json = args.json;
+            let report = run_pack(args, &bar, cli.quiet)?;
             note_cache(cli.quiet);
+            print(json, || report.to_json(), || report.to_text())?;
+        }
+        Verb::Kernels(args) => {
+            let options = AddOptions {
+                artifact: args.artifact,
+                arches: args.arch.map_or(Vec::new(), |list| list.0),
+                nvrtc: args.nvrtc,
+                tuning: args.tuning,
+                jobs: args.jobs,
+                force: args.force,
+            };
+            let report = add(&options, &bar)?;
             print(args.json, || report.to_json(), || report.to_text())?;
         }
         Verb::Plan(args) => {
@@ -323,7 +362,7 @@ pub fn run() -> Result<(), CompileError> {
             let value = || {
                 json!({
                     "artifact_id": id.to_string(), "ranks": report.ranks, "absent": report.absent,
-                    "bytes": report.bytes, "signed": report.signed, "signature": signature,
+                    "bytes": report.bytes, "weights_seed": report.weights_seed, "signed": report.signed, "signature": signature,
                 })
             };
             let absent = if report.absent.is_empty() { String::new() } else { format!(", absent {:?}", report.absent) };
@@ -333,7 +372,11 @@ pub fn run() -> Result<(), CompileError> {
                 None => String::new(),
             };
             let (bytes, ranks) = (report.bytes, report.ranks.clone());
-            print(json, value, || format!("{id}: {bytes} bytes are as packed, ranks {ranks:?}{absent}\n{signature}"))?;
+            let weights = match report.weights_seed {
+                Some(seed) => format!("no weights (they are made from seed {seed})"),
+                None => format!("ranks {ranks:?}{absent}"),
+            };
+            print(json, value, || format!("{id}: {bytes} bytes are as packed, {weights}\n{signature}"))?;
         }
         Verb::Diff { a, b, json } => {
             let found = diff(&Artifact::open(&a)?, &Artifact::open(&b)?, &bar)?;
@@ -387,6 +430,46 @@ pub fn run() -> Result<(), CompileError> {
     Ok(())
 }
 
+fn run_pack(args: PackArgs, bar: &Bar, quiet: bool) -> Result<PackReport, CompileError> {
+    let checkpoint = match (args.config, args.weights_seed, args.checkpoint) {
+        (Some(config), Some(seed), _) => {
+            let options = WeightlessOptions {
+                config,
+                seed,
+                out: args.out.unwrap_or_default(),
+                tp: args.tp,
+                arches: args.arch.0,
+                nvrtc: args.nvrtc,
+                jobs: args.jobs,
+                force: args.force,
+                fresh: args.fresh,
+            };
+            return pack_weightless(&options, bar);
+        }
+        (_, _, checkpoint) => checkpoint.unwrap_or_default(),
+    };
+    let options = PackOptions {
+        checkpoint,
+        out: args.out,
+        tp: args.tp,
+        rank: args.rank,
+        arches: args.arch.0,
+        nvrtc: args.nvrtc,
+        jobs: args.jobs,
+        memory: args.memory,
+        force: args.force,
+        sha256: args.sha256,
+        read_back: !args.no_verify,
+        fresh: args.fresh,
+        journal_every: args.journal_every,
+    };
+    pack_and_tell(&options, bar, &|line| {
+        if !quiet {
+            tell(line)
+        }
+    })
+}
+
 /// Says once that files had to go through the page cache.
 fn note_cache(quiet: bool) {
     if let Some(note) = dsv4_format::io::cache_note().filter(|_| !quiet) {
@@ -416,16 +499,26 @@ fn write_out(text: &str) -> Result<(), CompileError> {
     }
 }
 
-fn refuse_arch(arch: &str) -> Result<(), CompileError> {
-    if arch == "none" {
-        return Ok(());
+/// Names of GPU architectures, ascending.
+#[derive(Clone)]
+struct Arches(Vec<String>);
+
+fn arches(text: &str) -> Result<Arches, String> {
+    if text == "none" {
+        return Ok(Arches(Vec::new()));
     }
-    Err(CompileError::Usage {
-        what: "--arch",
-        expected: "none".into(),
-        found: arch.to_owned(),
-        help: "this build compiles no kernels; pack with --arch none for the CPU backend",
-    })
+    let mut list: Vec<String> = text.split(',').map(|arch| arch.trim().to_owned()).collect();
+    if !list.iter().all(|arch| is_arch(arch)) {
+        return Err("expected architectures such as sm_121a,sm_90a, or none for the CPU alone".into());
+    }
+    list.sort();
+    list.dedup();
+    Ok(Arches(list))
+}
+
+fn some_arches(text: &str) -> Result<Arches, String> {
+    let list = arches(text)?;
+    if list.0.is_empty() { Err("expected architectures such as sm_121a,sm_90a".into()) } else { Ok(list) }
 }
 
 fn tp(text: &str) -> Result<u32, String> {

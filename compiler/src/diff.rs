@@ -80,7 +80,12 @@ pub fn diff(a: &Artifact, b: &Artifact, progress: &dyn Progress) -> Result<Diff,
     out.meta(a, b)?;
     out.kernels(a, b)?;
     out.canary(ma, mb);
-    if ma.weight_set_id != mb.weight_set_id {
+    if ma.weights_seed.or(mb.weights_seed).is_some() {
+        out.push_if_unequal("ids", "weights_seed", json!(ma.weights_seed), json!(mb.weights_seed));
+        if ma.weight_set_id != mb.weight_set_id {
+            out.note("weights that are made from a seed are not compared".into());
+        }
+    } else if ma.weight_set_id != mb.weight_set_id {
         weights::compare(&mut out, a, b, progress)?;
     }
     Ok(out)

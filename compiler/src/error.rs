@@ -71,6 +71,23 @@ pub enum CompileError {
     /// An artifact with the output's name that cannot become the one asked for.
     #[error("{path}: an artifact is already here: {what}: expected {expected}, found {found}\n  help: choose another name, or replace it with --force", path = .path.display())]
     OtherArtifact { path: PathBuf, what: &'static str, expected: String, found: String },
+    /// An artifact with the output's name and the same model, but with other kernels than asked for.
+    #[error("{path}: an artifact is already here: kernels: expected {expected}, found {found}\n  help: `dsv4c kernels` changes the kernels alone; choose another name, or pack everything again with --force", path = .path.display())]
+    OtherKernels { path: PathBuf, expected: String, found: String },
+    /// An artifact whose weights other kernels than this program's were made for.
+    #[error("{path}: the weights' contract is {found}, expected {expected}\n  help: they are laid out for another version of this program: use that one, or pack the checkpoint again", path = .path.display())]
+    OtherWeights { path: PathBuf, expected: String, found: String },
+    /// A tuning table that cannot be used.
+    #[error("{file}: {source}", file = .file.display())]
+    Tuning { file: PathBuf, source: dsv4_kernels::tuning::TuningError },
+    /// The compiler of kernels is not on this machine.
+    #[error(
+        "NVRTC {build}, the compiler of GPU kernels: expected this very build in {expected}, found {found}\n  help: `scripts/setup cuda` fetches it (90 MB; no GPU, no toolkit); or name its directory with --nvrtc; or pack for the CPU alone with --arch none"
+    )]
+    NoNvrtc { build: &'static str, expected: String, found: String },
+    /// A kernel that does not compile, or is not as all must be.
+    #[error("kernels: {family} for {arch}: expected {expected}, found {found}\n  help: {help}")]
+    Kernel { family: &'static str, arch: String, expected: String, found: String, help: &'static str },
     /// A key file that is not one, or of the wrong kind.
     #[error("{file}: expected {expected}, found {found}\n  help: {help}", file = .file.display())]
     Key { file: PathBuf, expected: &'static str, found: String, help: &'static str },

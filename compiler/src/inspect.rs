@@ -1,5 +1,6 @@
 //! What an artifact's MANIFEST says, for people and programs. No weight is read.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use dsv4_format::{Artifact, FORMAT_VERSION, Manifest};
@@ -36,12 +37,14 @@ pub fn to_json(artifact: &Artifact) -> Value {
         "kernel_set_id": m.kernel_set_id.to_string(),
         "weight_contract": m.weight_contract.to_string(),
         "op_contract": m.op_contract.to_string(),
+        "weights_seed": m.weights_seed,
         "tp": m.tp,
         "format": FORMAT_VERSION,
         "model": model(m),
         "ranks": ranks.collect::<Vec<_>>(),
         "sections": sections.collect::<Vec<_>>(),
         "kernels": kernels.collect::<Vec<_>>(),
+        "kernel_files": kernel_files(m).iter().map(KernelFile::to_json).collect::<Vec<_>>(),
         "meta": meta.collect::<Vec<_>>(),
         "canary_tokens": m.canary.as_ref().map(|c| c.tokens.len()),
     })
@@ -78,6 +81,9 @@ pub fn to_text(artifact: &Artifact) -> String {
         ),
     );
     line("tp", &m.tp.to_string());
+    if let Some(seed) = m.weights_seed {
+        line("weights", &format!("none: they are made from seed {seed}, by dsv4-run bench alone"));
+    }
     for rank in &m.ranks {
         let here = if artifact.has_rank(rank.rank) { "" } else { " (not here)" };
         line(
@@ -91,11 +97,59 @@ pub fn to_text(artifact: &Artifact) -> String {
     for member in &m.meta.members {
         line("meta", &format!("{}, {} bytes", member.name, member.raw_len));
     }
-    for file in &m.kernel_files {
-        line("kernels", &format!("{}, {} members, {} bytes", file.name, file.members.len(), file.len));
+    for file in kernel_files(m) {
+        let (count, bytes) = file.total();
+        let text = format!("{}: {count} kernels, {bytes} bytes, {} bytes stored", file.arch, file.stored);
+        line("kernels", &text);
+        for (family, (count, bytes)) in &file.families {
+            line("", &format!("{family:<28}{count:>7} kernels{bytes:>16} bytes"));
+        }
     }
     if m.kernels.is_empty() {
         line("kernels", "none: this artifact runs on the CPU backend");
     }
     out
+}
+
+/// The kernels of one architecture.
+struct KernelFile<'a> {
+    arch: &'a str,
+    /// Bytes of the file, compressed.
+    stored: u64,
+    /// Number of kernels (compiled units) and bytes of their cubins.
+    families: BTreeMap<&'a str, (usize, u64)>,
+}
+
+fn kernel_files(manifest: &Manifest) -> Vec<KernelFile<'_>> {
+    let mut out: Vec<KernelFile<'_>> = Vec::new();
+    // Both are sorted by architecture, and each of a file's kernels is of its own.
+    for kernel in &manifest.kernels {
+        if out.last().is_none_or(|last| last.arch != kernel.arch) {
+            let is_file = |name: &str| name.strip_prefix("kernels.") == Some(&kernel.arch);
+            let stored = manifest.kernel_files.iter().find(|f| is_file(&f.name)).map_or(0, |f| f.len);
+            out.push(KernelFile { arch: &kernel.arch, stored, families: BTreeMap::new() });
+        }
+        let Some(file) = out.last_mut() else { continue };
+        let (count, bytes) = file.families.entry(&kernel.family).or_default();
+        (*count, *bytes) = (*count + 1, *bytes + kernel.size);
+    }
+    out
+}
+
+impl KernelFile<'_> {
+    fn total(&self) -> (usize, u64) {
+        self.families.values().fold((0, 0), |(n, sum), (count, bytes)| (n + count, sum + bytes))
+    }
+
+    fn to_json(&self) -> Value {
+        let (count, bytes) = self.total();
+        let families = self
+            .families
+            .iter()
+            .map(|(family, (count, bytes))| json!({"family": family, "kernels": count, "bytes": bytes}));
+        json!({
+            "arch": self.arch, "kernels": count, "bytes": bytes, "stored_bytes": self.stored,
+            "families": families.collect::<Vec<_>>(),
+        })
+    }
 }

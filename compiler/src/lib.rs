@@ -1,7 +1,7 @@
 //! dsv4c: from a checkpoint to an artifact.
 //!
 //! [`checkpoint`] reads and judges what was downloaded, [`plan`] says what will be written,
-//! [`split`] cuts tensors into ranks' parts, [`pack`] streams one into the other. [`synth`] makes
+//! [`split`] cuts tensors into ranks' parts, [`kernels`] compiles for GPUs, and [`pack`] streams it all into one. [`synth`] makes
 //! checkpoints of any size out of a config.json, and [`inspect`] shows what an artifact holds. [`diff`]
 //! says why two artifacts differ, [`sign`] by whom one was made, and [`push`] brings a rank to another machine.
 //! Which tensors there are and how ranks share them is `dsv4-model`'s to say, how files are laid
@@ -11,6 +11,7 @@ pub mod checkpoint;
 pub mod diff;
 pub mod error;
 pub mod inspect;
+pub mod kernels;
 pub mod pack;
 pub mod plan;
 pub mod push;

@@ -4,7 +4,8 @@
 //! Threads read, check, hash and cut tiles ahead; this thread takes them in order and feeds the rank
 //! writers, which hash and write on their own. Tiles in flight are counted, so memory is bounded
 //! whatever the tensor sizes; neither the number of threads nor the tile size changes a byte. Before
-//! the artifact gets its name the rank files are read back from the medium.
+//! the artifact gets its name the rank files are read back from the medium. Kernels are compiled before a weight
+//! is read and kept in memory until the weights are written: what cannot be compiled costs seconds.
 //!
 //! A journal in the partial artifact says how far everything is on the medium: the same command goes
 //! on from there after a kill, a power loss or a fault of the machine. What is wrong with the checkpoint
@@ -13,7 +14,9 @@
 mod side_files;
 mod source;
 mod tiles;
+mod weightless;
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -24,17 +27,19 @@ use std::time::{Instant, SystemTime};
 
 use dsv4_format::io::raise_open_files;
 use dsv4_format::{
-    Artifact, CommitInput, Digest, Draft, DraftOptions, Found, JournalOptions, Outcome, Progress, RankFile, RankWriter,
-    SourceId, Tensor,
+    ArchKernels, Artifact, CommitInput, Digest, Draft, DraftOptions, Found, JournalOptions, Outcome, Progress,
+    RankFile, RankWriter, SourceId, Tensor,
 };
-use dsv4_model::contract;
+use dsv4_model::{ModelConfig, Tp, contract};
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::CompileError;
+use crate::kernels::{self, Count, KernelSet, Target, counts_text};
 use crate::plan::Plan;
 use source::{Notes, Source};
 use tiles::{Reader, Ready};
+pub use weightless::{WeightlessOptions, pack_weightless};
 
 const PROGRAM: &str = concat!("dsv4c ", env!("CARGO_PKG_VERSION"));
 const ZEROS: [u8; 4096] = [0; 4096];
@@ -55,7 +60,11 @@ pub struct PackOptions {
     pub tp: u32,
     /// Write only this rank's file; the ids are those of all.
     pub rank: Option<u32>,
-    /// Threads that read and cut; without it one per processor.
+    /// GPU architectures to compile kernels for; without any the artifact runs on the CPU alone.
+    pub arches: Vec<String>,
+    /// Directory of the compiler of kernels; without it the usual places are looked at.
+    pub nvrtc: Option<PathBuf>,
+    /// Threads that compile, and then read and cut; without it one per processor.
     pub jobs: Option<NonZeroUsize>,
     /// Bytes of memory for tiles and buffers.
     pub memory: u64,
@@ -74,13 +83,15 @@ pub struct PackOptions {
 }
 
 impl PackOptions {
-    /// Defaults for everything but what and for how many ranks.
+    /// Defaults for everything but what and for how many ranks; no kernels.
     pub fn new(checkpoint: impl Into<PathBuf>, tp: u32) -> PackOptions {
         PackOptions {
             checkpoint: checkpoint.into(),
             out: None,
             tp,
             rank: None,
+            arches: Vec::new(),
+            nvrtc: None,
             jobs: None,
             memory: MEMORY_DEFAULT,
             force: false,
@@ -103,9 +114,11 @@ pub struct PackReport {
     pub weight_set_id: String,
     /// Id of the checkpoint's tensors.
     pub source_id: String,
+    /// What a bench makes the weights from, where none were packed.
+    pub weights_seed: Option<u64>,
     /// Number of ranks.
     pub tp: u32,
-    /// Tensors packed.
+    /// Tensors packed, or described.
     pub tensors: u64,
     /// Weight bytes packed.
     pub source_bytes: u64,
@@ -115,6 +128,10 @@ pub struct PackReport {
     pub read_bytes: u64,
     /// Length of each rank's file; index = rank.
     pub rank_bytes: Vec<u64>,
+    /// What was compiled for each architecture.
+    pub kernels: Vec<Count>,
+    /// How much of the time was compiling them.
+    pub kernel_seconds: f64,
     /// From opening to the final name.
     pub seconds: f64,
     /// How much of that was reading back; nothing if nothing was.
@@ -138,6 +155,8 @@ impl PackReport {
             "resumed_bytes": self.resumed_bytes, "read_bytes": self.read_bytes,
             "rank_bytes": self.rank_bytes, "seconds": self.seconds, "gb_per_s": self.gb_per_s(),
             "read_back_seconds": self.read_back_seconds,
+            "kernels": self.kernels.iter().map(Count::to_json).collect::<Value>(),
+            "kernel_seconds": self.kernel_seconds, "weights_seed": self.weights_seed,
         })
     }
 
@@ -152,8 +171,19 @@ impl PackReport {
             0 => String::new(),
             bytes => format!("{bytes} bytes were there from an interrupted pack, {} were read\n", self.read_bytes),
         };
+        if let Some(seed) = self.weights_seed {
+            return format!(
+                "{}: {}\nno weights: those of {} ranks are made from seed {seed}, by dsv4-run bench alone\n{}artifact id {}\n",
+                self.out.display(),
+                outcome_name(self.outcome),
+                self.tp,
+                counts_text(&self.kernels, self.kernel_seconds),
+                self.artifact_id,
+            );
+        }
+        let kernels = counts_text(&self.kernels, self.kernel_seconds);
         format!(
-            "{}: {}\n{} tensors, {} bytes for {} ranks of {} bytes in {:.1} s ({:.2} GB/s), {read_back}\n{resumed}artifact id {}\n",
+            "{}: {}\n{} tensors, {} bytes for {} ranks of {} bytes in {:.1} s ({:.2} GB/s), {read_back}\n{resumed}{kernels}artifact id {}\n",
             self.out.display(),
             outcome_name(self.outcome),
             self.tensors,
@@ -202,17 +232,22 @@ pub fn pack_and_tell(
         Some(out) => out.clone(),
         None => default_out(&options.checkpoint)?,
     };
-    let there = if options.force { Vec::new() } else { ranks_of_the_same(&out, &plan, &config_json)? };
+    let there = if options.force { None } else { the_same(&out, &plan, &config_json)? };
     check_usage(options)?;
+    let reader = Reader::new(&checkpoint, &plan, options.jobs, options.memory, options.journal_every)?;
+    // First of all that takes time: a compiler that is missing is known at once.
+    let kernels = compile_kernels(options, &checkpoint.config().model, &options.checkpoint, progress)?;
+    if let Some(there) = &there {
+        require_same_kernels(there, &kernels)?;
+    }
     if let Some(list) = &options.sha256 {
         let jobs = options.jobs.or_else(|| std::thread::available_parallelism().ok());
         checkpoint.check_sums(list, jobs.map_or(1, NonZeroUsize::get), progress)?;
     }
-    let reader = Reader::new(&checkpoint, &plan, options.jobs, options.memory, options.journal_every)?;
     let journal = JournalOptions {
         plan: plan_hash(&checkpoint, &plan, options, &config_json)?,
         subject: subject(options)?,
-        there,
+        there: there.map_or(Vec::new(), |there| there.present_ranks().to_vec()),
         note_bytes_max: Notes::bytes_max(&plan),
         every_bytes: options.journal_every,
         fresh: options.fresh,
@@ -227,10 +262,13 @@ pub fn pack_and_tell(
     };
     let weights =
         write_weights(options, &plan, &reader, &mut draft, source, progress).map_err(|e| kept(&mut draft, e))?;
-    // The texts, not only their hashes: a program that refuses the artifact can then say why.
-    meta.push((contract::OP_CONTRACT_NAME.into(), contract::op_contract().into_bytes()));
-    meta.push((contract::WEIGHT_CONTRACT_NAME.into(), contract::weight_contract().into_bytes()));
+    meta.extend(contract_texts());
     draft.write_meta(&meta).map_err(|e| draft.failed(e))?;
+    for compiled in &kernels.arches {
+        let written = draft.write_kernels(&compiled.arch, &compiled.kernels, compiled.tuning.as_deref());
+        written.map_err(|e| draft.failed(e))?;
+    }
+    let receipt = receipt(options, &plan, started, &weights, &kernels);
     let input = CommitInput {
         config_json,
         source_id: weights.source_id,
@@ -238,7 +276,7 @@ pub fn pack_and_tell(
         op_contract: Digest(contract::hash(&contract::op_contract())),
         canary: None,
         ranks: weights.ranks,
-        receipt: receipt(options, &plan, started, weights.read_back_seconds),
+        receipt,
     };
     let committed = draft.commit(input, options.force, progress)?;
     Ok(PackReport {
@@ -246,12 +284,15 @@ pub fn pack_and_tell(
         artifact_id: committed.artifact_id.to_string(),
         weight_set_id: committed.weight_set_id.to_string(),
         source_id: weights.source_id.to_string(),
+        weights_seed: None,
         tp: options.tp,
         tensors: plan.tensors(),
         source_bytes: plan.checkpoint_bytes(),
         resumed_bytes: weights.resumed_bytes,
         read_bytes: weights.read_bytes,
         rank_bytes: plan.rank_file_bytes(),
+        kernels: kernels.counts(),
+        kernel_seconds: kernels.seconds,
         seconds: started.elapsed().as_secs_f64(),
         read_back_seconds: weights.read_back_seconds,
         outcome: committed.outcome,
@@ -270,6 +311,48 @@ fn check_usage(options: &PackOptions) -> Result<(), CompileError> {
         return Err(CompileError::Usage { what: "--journal-every", expected, found, help });
     }
     Ok(())
+}
+
+/// The texts, not only their hashes: a program that refuses the artifact can then say why.
+fn contract_texts() -> Vec<(String, Vec<u8>)> {
+    vec![
+        (contract::OP_CONTRACT_NAME.into(), contract::op_contract().into_bytes()),
+        (contract::WEIGHT_CONTRACT_NAME.into(), contract::weight_contract().into_bytes()),
+    ]
+}
+
+fn compile_kernels(
+    options: &PackOptions,
+    model: &ModelConfig,
+    at: &Path,
+    progress: &dyn Progress,
+) -> Result<KernelSet, CompileError> {
+    let targets: Vec<Target> = options.arches.iter().map(|arch| Target::new(arch)).collect();
+    let tp = Tp::new(0, options.tp).map_err(CompileError::model(at))?;
+    kernels::compile(model, tp, &targets, options.nvrtc.as_deref(), options.jobs, progress)
+}
+
+/// Finds out, before weights are read for long, that the artifact that is there can only be another one.
+fn require_same_kernels(there: &Artifact, kernels: &KernelSet) -> Result<(), CompileError> {
+    let records = |arch: &str| -> Vec<(Digest, Digest)> {
+        there.manifest().kernels.iter().filter(|k| k.arch == arch).map(|k| (k.key, k.hash)).collect()
+    };
+    let same = |c: &ArchKernels| {
+        let ours: Vec<_> = c.kernels.iter().map(|k| (k.key, Digest::of(&k.cubin))).collect();
+        ours == records(&c.arch)
+    };
+    let found: BTreeSet<&str> = there.manifest().kernels.iter().map(|k| k.arch.as_str()).collect();
+    let expected: BTreeSet<&str> = kernels.arches.iter().map(|c| c.arch.as_str()).collect();
+    let names = |set: &BTreeSet<&str>| match set.is_empty() {
+        true => "none".to_owned(),
+        false => format!("those for {}", set.iter().copied().collect::<Vec<_>>().join(", ")),
+    };
+    let (expected, found) = match kernels.arches.iter().find(|c| !same(c)) {
+        None if found == expected => return Ok(()),
+        Some(other) if found == expected => (format!("this program's for {}", other.arch), "another version's".into()),
+        _ => (names(&expected), names(&found)),
+    };
+    Err(CompileError::OtherKernels { path: there.path().to_path_buf(), expected, found })
 }
 
 /// Rank files, written and read back.
@@ -436,10 +519,10 @@ fn default_out(checkpoint: &Path) -> Result<PathBuf, CompileError> {
 }
 
 /// Finds out early, where it can be seen without packing, that `out` is an artifact with another id. Otherwise
-/// its ranks: to tell whether it is the same, these only need to be hashed.
-fn ranks_of_the_same(out: &Path, plan: &Plan, config_json: &str) -> Result<Vec<u32>, CompileError> {
+/// what is there: to tell whether it is the same, its ranks only need to be hashed.
+fn the_same(out: &Path, plan: &Plan, config_json: &str) -> Result<Option<Artifact>, CompileError> {
     // What is not an artifact, or a damaged one, is the draft's to judge.
-    let Ok(there) = Artifact::open(out) else { return Ok(Vec::new()) };
+    let Ok(there) = Artifact::open(out) else { return Ok(None) };
     let manifest = there.manifest();
     let other = |what, expected: String, found: String| {
         Err(CompileError::OtherArtifact { path: out.to_path_buf(), what, expected, found })
@@ -450,18 +533,31 @@ fn ranks_of_the_same(out: &Path, plan: &Plan, config_json: &str) -> Result<Vec<u
     if manifest.config_json != config_json {
         return other("config.json", "the checkpoint's".into(), "another".into());
     }
-    Ok(there.present_ranks().to_vec())
+    Ok(Some(there))
 }
 
-fn receipt(options: &PackOptions, plan: &Plan, started: Instant, read_back_seconds: Option<f64>) -> Map<String, Value> {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let mut out = Map::new();
-    out.insert("program".into(), PROGRAM.into());
+fn receipt(
+    options: &PackOptions,
+    plan: &Plan,
+    started: Instant,
+    weights: &Weights,
+    kernels: &KernelSet,
+) -> Map<String, Value> {
+    let mut out = receipt_now(started, kernels);
     out.insert("checkpoint".into(), options.checkpoint.display().to_string().into());
     out.insert("sha256_checked".into(), options.sha256.is_some().into());
     out.insert("source_bytes".into(), plan.checkpoint_bytes().into());
+    out.insert("read_back_seconds".into(), weights.read_back_seconds.into());
+    out
+}
+
+/// By whom, when, and how long it took until now.
+fn receipt_now(started: Instant, kernels: &KernelSet) -> Map<String, Value> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let mut out = Map::new();
+    out.insert("program".into(), PROGRAM.into());
+    out.insert("kernel_seconds".into(), kernels.seconds.into());
     out.insert("seconds".into(), started.elapsed().as_secs_f64().into());
-    out.insert("read_back_seconds".into(), read_back_seconds.into());
     out.insert("finished_unix_s".into(), now.into());
     out
 }

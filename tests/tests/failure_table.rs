@@ -262,7 +262,7 @@ fn a_kernel_file_that_is_missing_or_cut() {
 fn a_pack_that_is_killed() {
     let temp = tempfile::tempdir().unwrap();
     let (nano, out) = (format!("{DATA}/nano"), temp.path().join("out.dsv4"));
-    let pack = ["pack", &nano, "--tp", "2", "-o", text(&out), "--quiet"];
+    let pack = ["pack", &nano, "--tp", "2", "--arch", "none", "-o", text(&out), "--quiet"];
     let partial = temp.path().join(".out.dsv4.partial");
     let mut interrupted = 0;
     for moment_ms in [5, 20, 40, 60, 90, 130, 180, 260] {
@@ -391,7 +391,7 @@ fn a_shard_on_a_medium_with_a_bad_place() {
     }
     let before = listing(temp.path());
     let out = temp.path().join("out.dsv4");
-    let ran = run(DSV4C, ["pack", text(&checkpoint), "--tp", "2", "-o", text(&out)]);
+    let ran = run(DSV4C, ["pack", text(&checkpoint), "--tp", "2", "--arch", "none", "-o", text(&out)]);
     ran.fails(INPUT, &[name, "read", "Input/output error", "dmesg"]);
     let after: Vec<_> = listing(temp.path()).into_iter().filter(|(n, _)| n != ".out.dsv4.partial").collect();
     assert_eq!(after, before, "nothing with the artifact's name");
@@ -414,7 +414,7 @@ fn a_file_system_without_direct_io() {
     for (name, _) in listing(&nano).into_iter().filter(|(n, _)| n != "conversations.json") {
         fs::copy(nano.join(&name), checkpoint.join(&name)).unwrap();
     }
-    run(DSV4C, ["pack", text(&checkpoint), "--tp", "2", "-o", text(&out)]).ok();
+    run(DSV4C, ["pack", text(&checkpoint), "--tp", "2", "--arch", "none", "-o", text(&out)]).ok();
     let opened = Artifact::open(&out).unwrap();
     assert!(opened.rank_reader(0).unwrap().mode() != ReadMode::Direct, "a file system that refuses");
     let elsewhere = Packed::nano(2);
@@ -448,7 +448,7 @@ fn a_file_system_that_caches_what_is_direct() {
     let cached = |file: PathBuf| DirectFile::open(&file).unwrap().cached_bytes();
     let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
     shards.iter().for_each(|name| DirectFile::open(&checkpoint.join(name)).unwrap().evict());
-    run(DSV4C, ["pack", text(&checkpoint), "--tp", "2", "--no-verify", "-o", text(&out)]).ok();
+    run(DSV4C, ["pack", text(&checkpoint), "--tp", "2", "--arch", "none", "--no-verify", "-o", text(&out)]).ok();
     let weights = ["rank0.weights", "rank1.weights"];
     let files = shards.map(|name| checkpoint.join(name)).into_iter().chain(weights.map(|name| out.join(name)));
     for file in files {

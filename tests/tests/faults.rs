@@ -57,7 +57,7 @@ fn pack_refuses(damage: impl FnOnce(&Path), words: &[&str]) {
     let checkpoint = tiny_copy(temp.path());
     damage(&checkpoint);
     let out = temp.path().join("out.dsv4");
-    run(DSV4C, ["pack", text(&checkpoint), "--tp", "1", "-o", text(&out)]).fails(INPUT, words);
+    run(DSV4C, ["pack", text(&checkpoint), "--tp", "1", "--arch", "none", "-o", text(&out)]).fails(INPUT, words);
     let left: Vec<_> = fs::read_dir(temp.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["checkpoint"]);
 }
@@ -530,7 +530,8 @@ fn a_full_disk() {
     let Some(disk) = SmallDisk::mount("9M") else { return };
     let out = disk.0.path().join("out.dsv4");
     let nano = format!("{DATA}/nano");
-    run(DSV4C, ["pack", &nano, "--tp", "2", "-o", text(&out)]).fails(INPUT, &["out.dsv4", "disk is full", "bytes"]);
+    run(DSV4C, ["pack", &nano, "--tp", "2", "--arch", "none", "-o", text(&out)])
+        .fails(INPUT, &["out.dsv4", "disk is full", "bytes"]);
     assert!(disk.is_empty(), "nothing is left");
 
     let packed = Packed::nano(1);

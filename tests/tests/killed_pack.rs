@@ -61,7 +61,12 @@ struct Case {
 impl Case {
     fn new(dir: &Path, flags: &[&str], old: Option<&Path>) -> Case {
         let mut args: Vec<String> = vec!["pack".into(), format!("{DATA}/nano")];
-        args.extend(["--tp", "2", "--journal-every", "1M", "--json"].iter().chain(flags).map(|arg| arg.to_string()));
+        args.extend(
+            ["--tp", "2", "--arch", "none", "--journal-every", "1M", "--json"]
+                .iter()
+                .chain(flags)
+                .map(|arg| arg.to_string()),
+        );
         if old.is_some() {
             args.push("--force".into());
         }
@@ -145,7 +150,7 @@ fn every_kill_leaves_something_to_go_on_with() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path();
     let old = dir.join("old.dsv4");
-    run(DSV4C, ["pack", &format!("{DATA}/tiny"), "--tp", "2", "-o", old.to_str().unwrap()]).ok();
+    run(DSV4C, ["pack", &format!("{DATA}/tiny"), "--tp", "2", "--arch", "none", "-o", old.to_str().unwrap()]).ok();
     let cases = [
         Case::new(dir, &["--jobs", "1", "--memory", "128M"], None),
         Case::new(dir, &["--jobs", "3"], Some(&old)),

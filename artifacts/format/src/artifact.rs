@@ -47,7 +47,8 @@ impl Artifact {
         let manifest = decode(&read_whole(&file, MANIFEST_BYTES_MAX)?, &file)?;
         let layouts = check(&manifest, &file)?.into_iter().map(Arc::new).collect();
         let mut artifact = Artifact { path: path.to_path_buf(), manifest, layouts, present: Vec::new() };
-        for rank in &artifact.manifest.ranks {
+        let weightless = artifact.manifest.weights_seed.is_some();
+        for rank in artifact.manifest.ranks.iter().filter(|_| !weightless) {
             if exists(&artifact.rank_path(rank.rank))? {
                 artifact.open_rank(rank)?;
                 artifact.present.push(rank.rank);
@@ -62,6 +63,11 @@ impl Artifact {
 
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    /// What weights are made from, for measurements, where the artifact has none: no rank of it can be loaded.
+    pub fn weights_seed(&self) -> Option<u64> {
+        self.manifest.weights_seed
     }
 
     /// Ranks whose files were here at opening, ascending.
@@ -122,6 +128,9 @@ impl Artifact {
     /// The rank's record, if its file is to be had.
     pub(crate) fn rank_file(&self, rank: u32) -> Result<&RankFile, FormatError> {
         let record = self.manifest.ranks.get(rank as usize).ok_or_else(|| self.no_such_rank(rank))?;
+        if let Some(seed) = self.weights_seed() {
+            return Err(FormatError::Weightless { path: self.path.clone(), seed });
+        }
         let path = self.rank_path(rank);
         if exists(&path)? {
             return Ok(record);

@@ -14,14 +14,14 @@ use crate::header::{
 };
 use crate::layout::{RankLayout, SectionPlan, TensorPlan, is_name};
 use crate::manifest::{Manifest, Member, RankFile, StoredFile};
-use crate::section::{block_count, fold};
+use crate::section::{NO_ROOT, block_count, fold};
 
 /// The member of `kernels.<arch>` that holds the tuning table's text.
 pub(crate) const TUNING_MEMBER: &str = "tuning.toml";
 
 /// Returns every rank's layout. `file` is where the manifest came from, for messages.
 pub(crate) fn check(manifest: &Manifest, file: &Path) -> Result<Vec<RankLayout>, FormatError> {
-    let check = Check { file };
+    let check = Check { file, weightless: manifest.weights_seed.is_some() };
     let tp = manifest.tp;
     check.that((1..=RANKS_MAX).contains(&tp), "tp", || format!("1 to {RANKS_MAX}"), tp)?;
     check.equal("rank count", tp as usize, manifest.ranks.len())?;
@@ -36,6 +36,7 @@ pub(crate) fn check(manifest: &Manifest, file: &Path) -> Result<Vec<RankLayout>,
     check.stored(&manifest.meta)?;
     check.kernels(manifest)?;
     if let Some(canary) = &manifest.canary {
+        check.that(!check.weightless, "canary", || "none without weights".into(), "one")?;
         let tokens = canary.tokens.len();
         let tokens_ok = (1..=CANARY_TOKENS_MAX).contains(&tokens);
         check.that(tokens_ok, "canary tokens", || format!("1 to {CANARY_TOKENS_MAX}"), tokens)?;
@@ -56,6 +57,8 @@ pub(crate) fn check(manifest: &Manifest, file: &Path) -> Result<Vec<RankLayout>,
 
 struct Check<'a> {
     file: &'a Path,
+    /// Whether there are no rank files, and nothing to be hashed.
+    weightless: bool,
 }
 
 impl Check<'_> {
@@ -103,10 +106,9 @@ impl Check<'_> {
                 let at = format!("tensor {}: offset", tensor.name);
                 self.equal(at, placed.offset, tensor.offset)?;
             }
-            self.equal(at("block count"), block_count(section.len), section.blocks.len() as u64)?;
-            if let Some(root) = fold(&section.blocks) {
-                self.equal(at("root"), root, section.root)?;
-            }
+            let blocks = if self.weightless { 0 } else { block_count(section.len) };
+            self.equal(at("block count"), blocks, section.blocks.len() as u64)?;
+            self.equal(at("root"), fold(&section.blocks).unwrap_or(NO_ROOT), section.root)?;
         }
         Ok(layout)
     }

@@ -19,11 +19,13 @@ use crate::header::{HEADER_BYTES, MANIFEST_FILE, META_FILE, RECEIPT_FILE, Superb
 use crate::identity::index_hash;
 use crate::io::AlignedBuf;
 use crate::journal::JOURNAL_FILE;
+use crate::layout::{RankLayout, SectionLayout};
 use crate::manifest::{
-    ArtifactId, Canary, Digest, KernelSetId, Manifest, RankFile, SourceId, StoredFile, WeightSetId, encode,
+    ArtifactId, Canary, Digest, KernelSetId, Manifest, RankFile, Section, SourceId, StoredFile, WeightSetId, encode,
 };
 use crate::partial::{Partial, lock_directory, remove_file, sync_directory};
 use crate::progress::Progress;
+use crate::section::NO_ROOT;
 
 /// What the packer knows and the files do not say.
 #[derive(Clone, Debug)]
@@ -34,7 +36,7 @@ pub struct CommitInput {
     pub weight_contract: Digest,
     pub op_contract: Digest,
     pub canary: Option<Canary>,
-    /// From [`RankWriter::finish`](crate::RankWriter::finish), in rank order.
+    /// From [`RankWriter::finish`](crate::RankWriter::finish), in rank order; none for a draft without weights.
     pub ranks: Vec<RankFile>,
     /// RECEIPT.json: who, when, how long. The ids are added; nothing here is part of the identity.
     pub receipt: serde_json::Map<String, serde_json::Value>,
@@ -104,7 +106,7 @@ impl Draft {
         self.write_receipt(receipt, &manifest)?;
         if !replace {
             // It was there, so that its ranks were not written.
-            if self.files.iter().all(Option::is_none) {
+            if self.files.iter().all(Option::is_none) && self.weights_seed.is_none() {
                 return Err(FormatError::NoRanks { path: self.partial.out().to_path_buf(), tp: manifest.tp });
             }
             self.without_journal(Partial::publish)?;
@@ -143,7 +145,10 @@ impl Draft {
         named
     }
 
-    fn manifest(&mut self, input: CommitInput) -> Result<Manifest, FormatError> {
+    fn manifest(&mut self, mut input: CommitInput) -> Result<Manifest, FormatError> {
+        if self.weights_seed.is_some() && input.ranks.is_empty() {
+            input.ranks = (0..).zip(&self.layouts).map(|(rank, layout)| unwritten(rank, layout)).collect();
+        }
         let differs = |what: String, expected: String, found: String| FormatError::Input { what, expected, found };
         if input.ranks.len() != self.layouts.len() {
             let (expected, found) = (self.layouts.len().to_string(), input.ranks.len().to_string());
@@ -175,6 +180,7 @@ impl Draft {
             kernel_files: std::mem::take(&mut self.kernel_files),
             kernels: std::mem::take(&mut self.kernels),
             canary: input.canary,
+            weights_seed: self.weights_seed,
         };
         let ids = manifest.computed_ids();
         (manifest.weight_set_id, manifest.kernel_set_id, manifest.artifact_id) = ids;
@@ -254,6 +260,20 @@ impl Draft {
         text.push('\n');
         self.write_new(RECEIPT_FILE, text.as_bytes())
     }
+}
+
+/// A rank whose weights nobody has written: its layout without a hash of anything.
+fn unwritten(rank: u32, layout: &RankLayout) -> RankFile {
+    let section = |s: &SectionLayout| Section {
+        name: s.name.clone(),
+        offset: s.offset,
+        len: s.len,
+        root: NO_ROOT,
+        blocks: Vec::new(),
+        tensors: s.tensors.clone(),
+    };
+    let sections = layout.sections().iter().map(section).collect();
+    RankFile { rank, file_len: layout.file_len(), arena_bytes: layout.arena_bytes(), sections }
 }
 
 /// What a rank's file must carry at both ends.

@@ -6,19 +6,19 @@
 //! interrupted attempt says is believed only of the same plan, and only with the files as it says.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::artifact::is_artifact_file;
-use crate::check::{TUNING_MEMBER, is_arch};
 use crate::error::FormatError;
-use crate::header::{BLOCK_BYTES, KERNELS_PREFIX, MANIFEST_FILE, META_FILE, RANKS_MAX, RECEIPT_FILE, rank_file_name};
+use crate::header::{BLOCK_BYTES, MANIFEST_FILE, META_FILE, RANKS_MAX, RECEIPT_FILE, rank_file_name};
 use crate::io::{AlignedBuf, DIRECT_ALIGN, DirectFile};
 use crate::journal::{
     JOURNAL_FILE, Journal, Opened, Position, RankState, Subject, apply_mark, is_partial_file, rank_bytes_max,
 };
+use crate::kernels::{self, KernelInput};
 use crate::layout::RankLayout;
 use crate::manifest::{Digest, KernelRecord, RankFile, StoredFile};
 use crate::marks::Marks;
@@ -68,14 +68,6 @@ pub enum Found {
     Discarded(&'static str),
 }
 
-/// One compiled kernel to store.
-#[derive(Clone, Debug)]
-pub struct KernelInput {
-    pub family: String,
-    pub key: Digest,
-    pub cubin: Vec<u8>,
-}
-
 pub struct Draft {
     pub(crate) partial: Partial,
     pub(crate) layouts: Vec<Arc<RankLayout>>,
@@ -96,6 +88,8 @@ pub struct Draft {
     pub(crate) meta: Option<StoredFile>,
     pub(crate) kernel_files: Vec<StoredFile>,
     pub(crate) kernels: Vec<KernelRecord>,
+    /// Of an artifact without weights: what they are made from.
+    pub(crate) weights_seed: Option<u64>,
     /// Holds the lock of the artifact being replaced, which ends up under the partial's name.
     pub(crate) replaced: Option<File>,
 }
@@ -149,6 +143,32 @@ impl Draft {
         Ok(draft)
     }
 
+    /// An artifact without rank files, whose weights are made from `seed` wherever they are needed. What an
+    /// interrupted attempt left is treated as by [`Draft::resume`]; there is nothing to go on with, and no writers.
+    ///
+    /// Errors: those of [`Draft::resume`].
+    pub fn weightless(
+        out: &Path,
+        layouts: Vec<RankLayout>,
+        seed: u64,
+        plan: Digest,
+        subject: &str,
+        fresh: bool,
+    ) -> Result<Self, FormatError> {
+        let journal = JournalOptions {
+            plan,
+            subject: subject.to_owned(),
+            // Of no rank a file is written.
+            there: (0..RANKS_MAX).collect(),
+            note_bytes_max: 0,
+            every_bytes: u64::MAX,
+            fresh,
+        };
+        let mut draft = Draft::resume(out, layouts, &DraftOptions::default(), &journal, &mut |_| false)?;
+        draft.weights_seed = Some(seed);
+        Ok(draft)
+    }
+
     /// The locked directory, with what is in it.
     fn locked(
         out: &Path,
@@ -182,6 +202,7 @@ impl Draft {
             meta: None,
             kernel_files: Vec::new(),
             kernels: Vec::new(),
+            weights_seed: None,
             replaced: None,
         })
     }
@@ -316,7 +337,11 @@ impl Draft {
     /// Writes `meta`: (name, content) pairs in any order. Without members there will be no such file.
     pub fn write_meta(&mut self, files: &[(String, Vec<u8>)]) -> Result<(), FormatError> {
         assert!(self.meta.is_none(), "meta is written twice");
-        self.meta = Some(self.write_stored(META_FILE, files)?);
+        let (stored, bytes) = members::store(META_FILE, files, &self.partial.path().join(META_FILE))?;
+        if !bytes.is_empty() {
+            self.write_new(META_FILE, &bytes)?;
+        }
+        self.meta = Some(stored);
         Ok(())
     }
 
@@ -327,47 +352,17 @@ impl Draft {
         kernels: &[KernelInput],
         tuning: Option<&str>,
     ) -> Result<(), FormatError> {
-        if !is_arch(arch) {
-            return Err(FormatError::Input {
-                what: "architecture".into(),
-                expected: "lower-case letters, digits and _".into(),
-                found: format!("{arch:?}"),
-            });
-        }
-        let mut files: Vec<_> = kernels.iter().map(|k| (k.key.to_string(), k.cubin.clone())).collect();
-        files.extend(tuning.map(|text| (TUNING_MEMBER.to_string(), text.as_bytes().to_vec())));
-        let stored = self.write_stored(&format!("{KERNELS_PREFIX}{arch}"), &files)?;
+        let (stored, bytes, records) = kernels::store(self.partial.path(), arch, kernels, tuning)?;
+        self.write_new(&stored.name, &bytes)?;
         self.kernel_files.push(stored);
-        self.kernel_files.sort_by(|a, b| a.name.cmp(&b.name));
-        self.kernels.extend(kernels.iter().map(|k| KernelRecord {
-            family: k.family.clone(),
-            key: k.key,
-            arch: arch.to_string(),
-            hash: Digest::of(&k.cubin),
-            size: k.cubin.len() as u64,
-        }));
-        self.kernels.sort_by(|a, b| (&a.arch, a.key).cmp(&(&b.arch, b.key)));
+        self.kernels.extend(records);
+        kernels::sort(&mut self.kernel_files, &mut self.kernels);
         Ok(())
-    }
-
-    fn write_stored(&self, name: &str, files: &[(String, Vec<u8>)]) -> Result<StoredFile, FormatError> {
-        let path = self.partial.path().join(name);
-        let (record, bytes) = members::store(name, files, &path)?;
-        if !bytes.is_empty() {
-            self.write_new(name, &bytes)?;
-        }
-        Ok(record)
     }
 
     /// Writes and syncs a small file.
     pub(crate) fn write_new(&self, name: &str, bytes: &[u8]) -> Result<(), FormatError> {
-        let path = self.partial.path().join(name);
-        let write = || -> io::Result<()> {
-            let mut file = File::create_new(&path)?;
-            file.write_all(bytes)?;
-            file.sync_all()
-        };
-        write().map_err(|e| FormatError::io("write", &path, bytes.len() as u64, e))
+        kernels::write_new(&self.partial.path().join(name), bytes)
     }
 
     /// Reads the kept rank files from the medium and holds every block against `ranks`, which

@@ -141,6 +141,12 @@ pub enum FormatError {
     #[error("{path}: the file of rank {rank} is missing; expected it beside MANIFEST, found ranks {present:?}\n  help: copy this rank's file here, or run with a rank that is present", path = path.display())]
     RankMissing { path: PathBuf, rank: u32, present: Vec<u32> },
 
+    #[error("{path}: expected weights, found none: this artifact's are made from the seed {seed}, to measure with\n  help: `dsv4-run bench` runs it; for answers pack a checkpoint", path = .path.display())]
+    Weightless { path: PathBuf, seed: u64 },
+
+    #[error("{path}: expected no signature, found one: it is of the kernels as they are, and would be void\n  help: replace the kernels and drop it with --force, then sign again with `dsv4c sign`", path = .path.display())]
+    Signed { path: PathBuf },
+
     #[error("{path}: no rank's file is here: expected at least one of {tp}, found none\n  help: copy a rank's file beside MANIFEST, or pack again", path = path.display())]
     NoRanks { path: PathBuf, tp: u32 },
 

@@ -11,7 +11,7 @@ use crate::section::first_nonzero;
 
 /// Covers the headers, the archive (rkyv 0.8, little-endian, aligned, 32-bit offsets) and the
 /// canonical encodings behind every id. Any change of those is a new number.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// MANIFEST's header, and each copy of a rank file's superblock.
 pub(crate) const HEADER_BYTES: usize = 4096;

@@ -84,13 +84,25 @@ pub(crate) fn index_hash(rank: &RankFile) -> Digest {
     Digest(out.finish())
 }
 
-pub(crate) fn weight_set_id(tp: u32, weight_contract: &Digest, ranks: &[RankFile]) -> WeightSetId {
+pub(crate) fn weight_set_id(
+    tp: u32,
+    weight_contract: &Digest,
+    ranks: &[RankFile],
+    weights_seed: Option<u64>,
+) -> WeightSetId {
     let mut out = Canonical::new("dsv4 weights v1");
     out.u32(tp);
     out.hash(weight_contract.as_bytes());
     out.len(ranks.len());
     for rank in ranks {
         out.rank(rank);
+    }
+    match weights_seed {
+        None => out.u32(0),
+        Some(seed) => {
+            out.u32(1);
+            out.u64(seed);
+        }
     }
     WeightSetId(out.finish())
 }
@@ -154,7 +166,7 @@ pub(crate) fn artifact_id(parts: &ArtifactParts<'_>) -> ArtifactId {
 impl Manifest {
     /// The ids its own content gives: weight set, kernel set, artifact.
     pub(crate) fn computed_ids(&self) -> (WeightSetId, KernelSetId, ArtifactId) {
-        let weight_set_id = weight_set_id(self.tp, &self.weight_contract, &self.ranks);
+        let weight_set_id = weight_set_id(self.tp, &self.weight_contract, &self.ranks, self.weights_seed);
         let kernel_set_id = kernel_set_id(&self.kernels);
         let artifact_id = artifact_id(&ArtifactParts {
             weight_set_id,

@@ -18,6 +18,7 @@ mod header;
 mod identity;
 pub mod io;
 mod journal;
+mod kernels;
 mod layout;
 mod load;
 mod manifest;
@@ -37,9 +38,10 @@ mod verify;
 
 pub use artifact::Artifact;
 pub use commit::{CommitInput, Committed, Outcome};
-pub use draft::{Draft, DraftOptions, Found, JournalOptions, KernelInput};
+pub use draft::{Draft, DraftOptions, Found, JournalOptions};
 pub use error::{FormatError, SuperblockCopy};
 pub use header::{BLOCK_BYTES, FORMAT_VERSION, MANIFEST_BYTES_MAX, SECTION_ALIGN};
+pub use kernels::{ArchKernels, KernelInput, NewKernels};
 pub use layout::{Place, RankLayout, SectionLayout, SectionPlan, TensorPlan};
 pub use load::{
     Arena, Block, CACHED_BYTES_MAX, Destination, Device, Engine, Floor, InPlace, Io, LoadOptions, LoadReport, Look,

@@ -91,9 +91,10 @@ pub struct Section {
     pub offset: u64,
     /// Padding included, bytes; a multiple of 2 MiB.
     pub len: u64,
-    /// BLAKE3 of the section's `len` bytes.
+    /// BLAKE3 of the section's `len` bytes; zeros where there are no weights.
     pub root: Digest,
-    /// One per 4 MiB: the block's BLAKE3 subtree chaining value; in a section of one block, `root`.
+    /// One per 4 MiB: the block's BLAKE3 subtree chaining value; in a section of one block, `root`. None where there
+    /// are no weights.
     pub blocks: Vec<[u8; 32]>,
     pub tensors: Vec<Tensor>,
 }
@@ -166,6 +167,8 @@ pub struct Manifest {
     /// Sorted by (arch, key).
     pub kernels: Vec<KernelRecord>,
     pub canary: Option<Canary>,
+    /// There are no rank files: weights are made from this number, for measurements. Sections then have no blocks.
+    pub weights_seed: Option<u64>,
 }
 
 /// The whole MANIFEST file: header and archive.

@@ -76,7 +76,7 @@ impl Receiving {
     /// Without `force` an artifact under that name must be the same; ranks it has are not asked for.
     /// With `force` it is replaced when all is there; its own blocks are used as far as they are the right ones.
     ///
-    /// Errors: those of opening an artifact for the MANIFEST, [`FormatError::NoSuchRank`],
+    /// Errors: those of opening an artifact for the MANIFEST, [`FormatError::NoSuchRank`], [`FormatError::Weightless`],
     /// [`FormatError::Exists`], [`FormatError::Occupied`], [`FormatError::Busy`], [`FormatError::NoSpace`],
     /// [`FormatError::Unfinished`] for what an interrupted pack left, unless `force` discards it.
     pub fn begin(out: &Path, manifest: &[u8], ranks: &[u32], force: bool) -> Result<Receiving, FormatError> {
@@ -85,6 +85,9 @@ impl Receiving {
         check(&manifest, &name)?;
         if let Some(&rank) = ranks.iter().find(|rank| **rank >= manifest.tp) {
             return Err(FormatError::NoSuchRank { path: out.to_path_buf(), rank, tp: manifest.tp });
+        }
+        if let Some(seed) = manifest.weights_seed.filter(|_| !ranks.is_empty()) {
+            return Err(FormatError::Weightless { path: out.to_path_buf(), seed });
         }
         let there = is_replaceable(out)?;
         let same = if there && !force { Some(require_same(out, &manifest)?) } else { None };

@@ -9,6 +9,9 @@ use blake3::hazmat::{HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_ro
 use crate::header::BLOCK_BYTES;
 use crate::manifest::Digest;
 
+/// The root of a section without blocks, of an artifact without weights.
+pub(crate) const NO_ROOT: Digest = Digest([0; 32]);
+
 /// How many blocks `len` bytes of section have.
 pub(crate) fn block_count(len: u64) -> u64 {
     len.div_ceil(BLOCK_BYTES)

@@ -31,6 +31,8 @@ pub struct VerifyReport {
     pub absent: Vec<u32>,
     /// Bytes read and judged.
     pub bytes: u64,
+    /// What weights are made from, where the artifact has none to be judged.
+    pub weights_seed: Option<u64>,
     /// Whether SIGNATURE is there and has the form of one (whose it is, is not judged).
     pub signed: bool,
 }
@@ -47,7 +49,7 @@ impl Artifact {
                 found: "another one than when it was opened".into(),
             });
         }
-        if now.present_ranks().is_empty() {
+        if now.present_ranks().is_empty() && now.weights_seed().is_none() {
             return Err(FormatError::NoRanks { path: self.path().to_path_buf(), tp: self.manifest().tp });
         }
         now.verify_contents(progress)
@@ -69,8 +71,9 @@ impl Artifact {
             self.verify_rank(rank, progress)?;
         }
         progress.finish();
-        let absent = (0..manifest.tp).filter(|&rank| !self.has_rank(rank)).collect();
-        Ok(VerifyReport { ranks: self.present_ranks().to_vec(), absent, bytes, signed })
+        let weights_seed = self.weights_seed();
+        let absent = (0..manifest.tp).filter(|&rank| weights_seed.is_none() && !self.has_rank(rank)).collect();
+        Ok(VerifyReport { ranks: self.present_ranks().to_vec(), absent, bytes, weights_seed, signed })
     }
 
     /// Every name in the directory is expected and of a file with something in it. Returns whether
@@ -78,7 +81,7 @@ impl Artifact {
     fn check_names(&self) -> Result<bool, FormatError> {
         let manifest = self.manifest();
         let mut known = BTreeSet::from([MANIFEST_FILE.to_string(), RECEIPT_FILE.into(), SIGNATURE_FILE.into()]);
-        known.extend((0..manifest.tp).map(rank_file_name));
+        known.extend((0..manifest.tp).filter(|_| manifest.weights_seed.is_none()).map(rank_file_name));
         known.extend(manifest.kernel_files.iter().map(|file| file.name.clone()));
         if !manifest.meta.members.is_empty() {
             known.insert(manifest.meta.name.clone());

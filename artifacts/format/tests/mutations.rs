@@ -65,7 +65,7 @@ fn mutate(noise: &mut Noise, bytes: &mut Vec<u8>, other: &[u8]) {
 fn behind_header(archive: &[u8]) -> Vec<u8> {
     let mut out = vec![0; HEADER_BYTES];
     out[..8].copy_from_slice(b"DSV4MANI");
-    out[8..12].copy_from_slice(&1u32.to_le_bytes());
+    out[8..12].copy_from_slice(&dsv4_format::FORMAT_VERSION.to_le_bytes());
     out[16..24].copy_from_slice(&(archive.len() as u64).to_le_bytes());
     out[24..56].copy_from_slice(blake3::hash(archive).as_bytes());
     out.extend_from_slice(archive);

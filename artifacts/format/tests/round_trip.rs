@@ -164,10 +164,10 @@ fn the_format_has_not_moved() {
         ("kernels.sm_121a", hash("kernels.sm_121a")),
     ];
     let expected = [
-        ("weight set", "46399b9b78b9ad9f23ac4addda0c46a040eeb4132300824328f45b00999eb255"),
-        ("artifact", "d6be706cefd0ab4058fc3dfeca5a39155abe68f5031ed08f1985ef2f2646ef79"),
-        ("MANIFEST", "dad6fed0da2012f5336456f0e7fac5e31f133d82da8525da26de3615c42c3669"),
-        ("rank0.weights", "ebeaf6bb7cdb422dfd3eaa4151df0a60e660f71224abb618b33bfb3feecaa0a7"),
+        ("weight set", "2813159de2720977bd8e55683c11157b974bb7ab64868db4a0cb8812440e81a4"),
+        ("artifact", "e9c9c36122a986a1956606ad0811b2898cea7f4040327c599c21d00fed302ec1"),
+        ("MANIFEST", "f89618c8e955c2d87506c89f642c9187f2b1689437f6ed25e4ae83d2ce061c8d"),
+        ("rank0.weights", "4f374588d038930ddb002ccac871d66df33548dbf1012a7e86fc83d436e3af0f"),
         ("meta", "97d261177e8a3dafd17c88c94bf8da439c97eb522ebc126216924270bf5575b9"),
         ("kernels.sm_121a", "d4b90daa6198cdf929fb883e48a3add39457e8f8dae2ea99e74750a6186b3629"),
     ];

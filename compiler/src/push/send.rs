@@ -35,13 +35,14 @@ impl<'a> Offer<'a> {
     pub fn new(artifact: &'a Artifact, which: &Ranks) -> Result<Offer<'a>, CompileError> {
         let manifest = artifact.manifest();
         let mut ranks = match which {
+            Ranks::Present | Ranks::All if artifact.weights_seed().is_some() => Vec::new(),
             Ranks::Present => artifact.present_ranks().to_vec(),
             Ranks::All => (0..manifest.tp).collect(),
             Ranks::These(ranks) => ranks.clone(),
         };
         ranks.sort_unstable();
         ranks.dedup();
-        if ranks.is_empty() {
+        if ranks.is_empty() && artifact.weights_seed().is_none() {
             return Err(CompileError::Usage {
                 what: "--rank",
                 expected: "a rank whose file is here".into(),

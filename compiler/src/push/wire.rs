@@ -250,8 +250,6 @@ impl OfferFrame {
             return None;
         }
         let bits = u64::from_le_bytes(*ranks);
-        // Of no rank: nothing that could run.
-        (bits != 0).then_some(())?;
         Some(OfferFrame {
             ranks: (0..64).filter(|rank| bits >> rank & 1 == 1).collect(),
             signature: (!signature.is_empty()).then(|| signature.to_vec()),

@@ -35,7 +35,7 @@ fn pack_inspect_and_verify() {
     let shown = json(&["inspect", "nano.dsv4", "--json"], dir);
     assert_eq!(shown["artifact_id"], packed["artifact_id"]);
     assert_eq!(shown["weight_set_id"], packed["weight_set_id"]);
-    assert_eq!((shown["tp"].as_u64(), shown["format"].as_u64()), (Some(2), Some(1)));
+    assert_eq!((shown["tp"].as_u64(), shown["format"].as_u64()), (Some(2), Some(2)));
     assert_eq!(shown["model"]["num_hidden_layers"], 8);
     let sections = shown["sections"].as_array().unwrap();
     assert_eq!(sections.len(), 4);
@@ -45,11 +45,11 @@ fn pack_inspect_and_verify() {
     assert!(code == 0 && err.is_empty() && out.contains(packed["artifact_id"].as_str().unwrap()), "{out}");
     assert_eq!(json(&["verify", "nano.dsv4", "--json"], dir)["ranks"], serde_json::json!([0, 1]));
 
-    let (code, out, _) = run(&["pack", NANO, "--tp", "2", "--fresh"], dir);
+    let (code, out, _) = run(&["pack", NANO, "--tp", "2", "--arch", "none", "--fresh"], dir);
     assert!(code == 0 && out.contains("already there"), "{out}");
-    let (code, out, err) = run(&["pack", TINY, "--tp", "2", "-o", "nano.dsv4"], dir);
+    let (code, out, err) = run(&["pack", TINY, "--tp", "2", "--arch", "none", "-o", "nano.dsv4"], dir);
     assert!(code == 3 && out.is_empty() && err.starts_with("error: ") && err.contains("\n  help: "), "{err}");
-    assert_eq!(run(&["pack", TINY, "--tp", "2", "-o", "nano.dsv4", "--force"], dir).0, 0);
+    assert_eq!(run(&["pack", TINY, "--tp", "2", "--arch", "none", "-o", "nano.dsv4", "--force"], dir).0, 0);
 
     let file = dir.join("nano.dsv4/rank1.weights");
     let mut bytes = std::fs::read(&file).unwrap();
@@ -65,9 +65,11 @@ fn usage_and_input_errors_have_their_codes() {
     for (args, expected, words) in [
         (vec!["pack", NANO], 2, "--tp"),
         (vec!["pack", NANO, "--tp", "3"], 2, "1, 2, 4 or 8"),
-        (vec!["pack", NANO, "--tp", "2", "--arch", "sm_121a"], 2, "--arch none"),
+        (vec!["pack", NANO, "--tp", "2", "--arch", "gb10"], 2, "sm_121a"),
+        (vec!["pack", NANO, "--tp", "2", "--arch", "none,sm_121a"], 2, "or none"),
+        (vec!["pack", NANO, "--tp", "2", "--nvrtc", "nowhere"], 3, "scripts/setup cuda"),
         (vec!["pack", NANO, "--tp", "2", "--jobs", "0"], 2, "--jobs"),
-        (vec!["pack", NANO, "--tp", "2", "--memory", "1M"], 2, "--memory"),
+        (vec!["pack", NANO, "--tp", "2", "--arch", "none", "--memory", "1M"], 2, "--memory"),
         (vec!["pack", NANO, "--tp", "2", "--memory", "99999999999G"], 2, "a number of bytes"),
         (vec!["pack", NANO, "--tp", "2", "--journal-every", "1K"], 2, "--journal-every"),
         (vec!["pack", NANO, "--tp", "4"], 3, "layers.0.attn.wq_b"),
@@ -132,12 +134,12 @@ fn limited(limit: &str, args: &[&str], dir: &Path) -> (i32, String) {
 #[test]
 fn a_thread_that_cannot_start_is_an_error_not_a_hang() {
     let temp = tempfile::tempdir().unwrap();
-    let args = ["pack", NANO, "--tp", "1", "-o", "x.dsv4", "--jobs", "32", "--memory", "4G"];
+    let args = ["pack", NANO, "--tp", "1", "--arch", "none", "-o", "x.dsv4", "--jobs", "32", "--memory", "4G"];
     let (code, err) = limited("-v 13107200", &args, temp.path());
     assert!(code == 4 && err.contains("a reading thread cannot start") && err.contains("help:"), "{code}: {err}");
     assert!(names(temp.path()).is_empty());
 
-    json(&["pack", TINY, "--tp", "1", "-o", "x.dsv4", "--json"], temp.path());
+    json(&["pack", TINY, "--tp", "1", "--arch", "none", "-o", "x.dsv4", "--json"], temp.path());
     if std::thread::available_parallelism().unwrap().get() == 1 {
         eprintln!("SKIPPED: verifying takes no threads on one processor");
         return;
@@ -150,7 +152,7 @@ fn a_thread_that_cannot_start_is_an_error_not_a_hang() {
 fn hundreds_of_shards_under_a_common_limit_on_open_files() {
     let temp = tempfile::tempdir().unwrap();
     json(&["synth", NANO, "-o", "many", "--shards", "200", "--json"], temp.path());
-    let pack = ["pack", "many", "--tp", "2", "-o", "x.dsv4"];
+    let pack = ["pack", "many", "--tp", "2", "--arch", "none", "-o", "x.dsv4"];
     // One descriptor for each shard; and where only the soft limit is low, it is raised.
     for limit in ["-n 256", "-Sn 64"] {
         let (code, err) = limited(limit, &pack, temp.path());
@@ -194,7 +196,7 @@ fn output_that_leads_nowhere() {
 #[test]
 fn what_is_read_back_is_in_the_summary() {
     let temp = tempfile::tempdir().unwrap();
-    let pack = ["pack", NANO, "--tp", "2", "-o", "x.dsv4", "--json", "--force"];
+    let pack = ["pack", NANO, "--tp", "2", "--arch", "none", "-o", "x.dsv4", "--json", "--force"];
     let seconds = |args: &[&str]| json(args, temp.path())["read_back_seconds"].as_f64();
     assert!(seconds(&pack).is_some_and(|s| s > 0.0));
     assert_eq!(seconds(&[&pack[..], &["--no-verify"]].concat()), None);
@@ -209,7 +211,10 @@ fn sums_are_checked_before_packing() {
     let sums = String::from_utf8(sums.stdout).unwrap();
     let pack = |list: &str| {
         std::fs::write(temp.path().join("list"), list).unwrap();
-        run(&["pack", "nano", "--tp", "1", "--sha256", "list", "-o", "x.dsv4", "--force"], temp.path())
+        run(
+            &["pack", "nano", "--tp", "1", "--arch", "none", "--sha256", "list", "-o", "x.dsv4", "--force"],
+            temp.path(),
+        )
     };
     assert_eq!(pack(&sums).0, 0);
     std::fs::remove_dir_all(temp.path().join("x.dsv4")).unwrap();
@@ -231,5 +236,5 @@ fn sums_are_checked_before_packing() {
     let (code, _, err) = pack(&sums);
     assert!(code == 3 && err.contains(shards[0]) && err.contains("SHA-256 is"), "{code}: {err}");
     assert_eq!(names(temp.path()), ["list", "nano"]);
-    assert_eq!(run(&["pack", "nano", "--tp", "1", "-o", "x.dsv4"], temp.path()).0, 0);
+    assert_eq!(run(&["pack", "nano", "--tp", "1", "--arch", "none", "-o", "x.dsv4"], temp.path()).0, 0);
 }

@@ -663,3 +663,23 @@ fn a_fault_of_the_machine_keeps_what_is_done() {
     packed(NANO, 2, &temp.path().join("whole.dsv4"));
     assert_same(&temp.path().join("whole.dsv4"), &out);
 }
+
+/// Kernels are no part of what a journal is about: they are compiled again, and may be others.
+#[test]
+fn an_interrupted_pack_goes_on_with_other_kernels() {
+    if let Err(error) = dsv4c::kernels::find(None) {
+        eprintln!("SKIPPED: {error}");
+        assert!(std::env::var_os("DSV4_NO_SKIPS").is_none(), "skips are not allowed");
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let out = temp.path().join("x.dsv4");
+    let first = PackOptions { journal_every: 1 << 20, ..options(Path::new(NANO), 2, &out) };
+    assert!(until_next_mark(&first).0.is_none());
+    let again = PackOptions { arches: vec!["sm_121a".into()], ..first };
+    let report = pack(&again, &NoProgress).unwrap();
+    assert!(report.resumed_bytes > 0 && report.kernels[0].kernels > 20, "{report:?}");
+    let artifact = Artifact::open(&out).unwrap();
+    artifact.verify(&NoProgress).unwrap();
+    assert_eq!(artifact.manifest().kernels.len(), report.kernels[0].kernels);
+}

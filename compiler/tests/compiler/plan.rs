@@ -214,7 +214,7 @@ fn a_small_disk_is_told() {
     assert_eq!((&found["disk"]["fits"], &found["fits"]), (&true.into(), &true.into()));
     // And it does.
     std::fs::create_dir_all(Path::new(&large).parent().unwrap()).unwrap();
-    assert_eq!(run(&["pack", NANO, "--tp", "2", "-o", &large], temp.path()).0, 0);
+    assert_eq!(run(&["pack", NANO, "--tp", "2", "--arch", "none", "-o", &large], temp.path()).0, 0);
     let used = std::fs::read_dir(&large).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum::<u64>();
     assert!(used <= needed, "{used} of {needed}");
     // Nothing can be made below a file.

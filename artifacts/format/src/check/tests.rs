@@ -72,7 +72,20 @@ fn sound() -> Manifest {
         ],
         kernels: vec![kernel(2, "sm_120", 30), kernel(1, "sm_121a", 40)],
         canary: Some(Canary { tokens: vec![1], logits: vec![0.5] }),
+        weights_seed: None,
     };
+    seal(&mut manifest);
+    manifest
+}
+
+/// The same without weights.
+fn weightless() -> Manifest {
+    let mut manifest = sound();
+    manifest.weights_seed = Some(7);
+    manifest.canary = None;
+    for section in manifest.ranks.iter_mut().flat_map(|rank| &mut rank.sections) {
+        (section.root, section.blocks) = (Digest([0; 32]), Vec::new());
+    }
     seal(&mut manifest);
     manifest
 }
@@ -85,6 +98,36 @@ fn seal(manifest: &mut Manifest) {
 fn a_sound_manifest_passes() {
     let layouts = check(&sound(), Path::new("MANIFEST")).expect("sound");
     assert_eq!(layouts.len(), 2);
+    let of_a_seed = check(&weightless(), Path::new("MANIFEST")).expect("sound");
+    assert_eq!(of_a_seed[1].arena_bytes(), layouts[1].arena_bytes());
+}
+
+#[test]
+fn without_weights_nothing_may_look_as_if_there_were_some() {
+    type Change = fn(&mut Manifest);
+    let cases: &[(&str, Change)] = &[
+        ("rank 1: section a: block count: expected 2, found 0", |m| m.weights_seed = None),
+        ("section a: block count: expected 0, found 1", |m| m.ranks[0].sections[0].blocks.push([0; 32])),
+        ("section b: root", |m| m.ranks[1].sections[1].root.0[0] = 1),
+        ("canary: expected none without weights", |m| m.canary = sound().canary),
+    ];
+    for (expected, change) in cases {
+        let mut manifest = weightless();
+        change(&mut manifest);
+        if manifest.weights_seed.is_none() {
+            manifest.ranks[0] = sound().ranks[0].clone();
+        }
+        seal(&mut manifest);
+        let text = check(&manifest, Path::new("MANIFEST")).expect_err(expected).to_string();
+        assert!(text.contains(expected), "wanted {expected:?}, got {text}");
+    }
+    let ids = [7, 8].map(|seed| {
+        let mut manifest = weightless();
+        manifest.weights_seed = Some(seed);
+        seal(&mut manifest);
+        (manifest.weight_set_id, manifest.artifact_id)
+    });
+    assert!(ids[0].0 != ids[1].0 && ids[0].1 != ids[1].1);
 }
 
 #[test]
