@@ -1,14 +1,21 @@
 //! How much memory a rank needs: weights, caches, what a step works in, and what surrounds them. Pure arithmetic.
 //!
-//! Lines are exact (weights, caches), bounded by reading the forward pass (workspace) or assumed (a
-//! process, a device context), and say which. The CPU lines count what the CPU backend allocates; the
-//! GPU lines count the packed caches that are designed and constants that a GB10 has yet to confirm.
+//! Lines are exact (weights, caches, a GPU's workspace), bounded by reading the forward pass (the CPU's) or assumed (a
+//! process, a device context), and say which. All count what the backends allocate, the GPU's for published
+//! numerics: the others are for tests and need up to twice its caches and workspace.
+//! Also here: what a step reads of all that, for floors under its time.
 //! Absent: what a machine has, and the verdict; who plans knows the machine.
 
-use dsv4_model::ModelConfig;
-use dsv4_model::cache::{PAGE_TOKENS, PackedCache};
+use dsv4_model::cache::PAGE_TOKENS;
+use dsv4_model::tensors::{layers, table};
+use dsv4_model::{Block, Kind, ModelConfig, ModelError, Tp};
 
+use crate::gpu::kernels::Shape;
+use crate::gpu::state::StateSize;
+use crate::gpu::workspace::{Need, Workspace};
+use crate::numerics::Numerics;
 use crate::state::sequence_bytes;
+use crate::weights::is_small;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -27,6 +34,8 @@ const DEVICE_CONTEXT_BYTES: u64 = 512 * MIB;
 const GRAPHS_BYTES: u64 = 256 * MIB;
 /// Buffers of the exchange between ranks.
 const COMMUNICATION_BYTES: u64 = GIB;
+/// An activation as the GPU stores it in published numerics.
+const STORED_BYTES: u64 = 2;
 /// Left to others on a GB10, where memory that runs short ends the machine and not a program.
 const GB10_RESERVE_BYTES: u64 = 6 * GIB;
 const VALUE_BYTES: u64 = 4;
@@ -34,10 +43,12 @@ const VALUE_BYTES: u64 = 4;
 /// Which backend a plan is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// The CPU backend as it is.
+    /// The CPU backend.
     Cpu,
-    /// The GPU backend as it is designed.
+    /// The GPU backend, on a GPU whose memory is the machine's.
     Cuda,
+    /// The GPU backend, on a card with memory of its own: what lies there.
+    Card,
 }
 
 impl Target {
@@ -45,7 +56,7 @@ impl Target {
     pub fn name(self) -> &'static str {
         match self {
             Target::Cpu => "cpu",
-            Target::Cuda => "cuda",
+            Target::Cuda | Target::Card => "cuda",
         }
     }
 }
@@ -172,34 +183,52 @@ fn workspace_bytes(ranks: &Ranks<'_>, asked: &Asked) -> u64 {
 fn cache_bytes(config: &ModelConfig, asked: &Asked) -> u64 {
     let one = match asked.target {
         Target::Cpu => sequence_bytes(config, asked.chunk.max(1 + DRAFTS_MAX) as usize, asked.context),
-        Target::Cuda => PackedCache::new(config).sequence_bytes(asked.context, config.sliding_window + DRAFTS_MAX),
+        Target::Cuda | Target::Card => {
+            StateSize { slots: 1, context: to_u32(asked.context), act_bytes: STORED_BYTES }.bytes(config)
+        }
     };
     one.saturating_mul(asked.sequences)
+}
+
+/// More than any model allows stays that.
+fn to_u32(count: u64) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+/// Bytes of a GPU's workspace, and of the small tensors that it keeps as float32.
+fn device_workspace_bytes(ranks: &Ranks<'_>, rank: u32, asked: &Asked) -> u64 {
+    let Ok(tp) = Tp::new(rank, ranks.tp) else { return 0 };
+    let shape = Shape::new(ranks.config, tp);
+    let rows = to_u32(asked.chunk.max(1 + DRAFTS_MAX));
+    let need = Need::new(ranks.config, shape, Numerics::Published, rows, to_u32(asked.context));
+    let buffers: u64 = Workspace::sizes(&need).iter().map(|(_, bytes)| bytes).sum();
+    let widened = |row: &dsv4_model::tensors::TensorRow| -> Result<u64, ModelError> {
+        Ok(if is_small(row.id.kind) { row.local_shape(tp)?.iter().product::<u64>() * VALUE_BYTES } else { 0 })
+    };
+    buffers + table(ranks.config).iter().filter_map(|row| widened(row).ok()).sum::<u64>()
 }
 
 /// What every rank of a machine needs.
 pub fn tables(ranks: &Ranks<'_>, asked: &Asked) -> Vec<RankTable> {
     let caches = cache_bytes(ranks.config, asked);
-    let workspace = workspace_bytes(ranks, asked);
     let of = |&(rank, weights): &(u32, u64)| {
         let mut lines = vec![("weights", weights, Basis::Exact), ("KV caches", caches, Basis::Exact)];
-        match asked.target {
-            Target::Cpu => {
-                lines.extend([("workspace", workspace, Basis::Bound), ("process", PROCESS_BYTES, Basis::Assumed)]);
-            }
-            Target::Cuda => {
-                // In prefill the window rows of a chunk lie beside the windows.
-                let chunk = PackedCache::new(ranks.config).window_bytes(asked.chunk);
-                let communication = if ranks.tp > 1 { COMMUNICATION_BYTES } else { 0 };
-                lines.extend([
-                    ("workspace", workspace.saturating_add(chunk), Basis::Assumed),
-                    ("graphs", GRAPHS_BYTES, Basis::Assumed),
-                    ("communication", communication, Basis::Assumed),
-                    ("device context", DEVICE_CONTEXT_BYTES, Basis::Assumed),
-                    ("staging", STAGING_BYTES, Basis::Exact),
-                    ("process", GPU_PROCESS_BYTES, Basis::Assumed),
-                ]);
-            }
+        if asked.target == Target::Cpu {
+            let workspace = workspace_bytes(ranks, asked);
+            lines.extend([("workspace", workspace, Basis::Bound), ("process", PROCESS_BYTES, Basis::Assumed)]);
+        } else {
+            lines.push(("workspace", device_workspace_bytes(ranks, rank, asked), Basis::Exact));
+            lines.push(("graphs", GRAPHS_BYTES, Basis::Assumed));
+        }
+        // A card's context is there before anybody asks what is free; the rest lies in the machine's memory.
+        if asked.target == Target::Cuda {
+            let communication = if ranks.tp > 1 { COMMUNICATION_BYTES } else { 0 };
+            lines.extend([
+                ("communication", communication, Basis::Assumed),
+                ("device context", DEVICE_CONTEXT_BYTES, Basis::Assumed),
+                ("staging", STAGING_BYTES, Basis::Exact),
+                ("process", GPU_PROCESS_BYTES, Basis::Assumed),
+            ]);
         }
         let lines = lines.into_iter().map(|(what, bytes, basis)| Line { what, bytes, basis }).collect();
         RankTable { rank, lines }
@@ -210,6 +239,54 @@ pub fn tables(ranks: &Ranks<'_>, asked: &Asked) -> Vec<RankTable> {
 /// What all ranks of a machine need together.
 pub fn total(tables: &[RankTable]) -> u64 {
     tables.iter().map(RankTable::bytes).fold(0, u64::saturating_add)
+}
+
+/// What a step reads, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepBytes {
+    /// Of weights.
+    pub weights: u64,
+    /// Of caches.
+    pub caches: u64,
+}
+
+impl StepBytes {
+    /// Both.
+    pub fn all(self) -> u64 {
+        self.weights + self.caches
+    }
+}
+
+/// What a trunk step of `rows` rows behind `context` positions of one sequence has to read on the GPU, everything
+/// once: weights, of experts as many as the rows choose if no two choose the same; window rows, all index entries
+/// and the long-range entries they lead to, all others. Errors: a tensor that cannot be cut for `tp`.
+pub fn step_bytes(config: &ModelConfig, tp: Tp, rows: u64, context: u64) -> Result<StepBytes, ModelError> {
+    let mut weights = 0;
+    for row in table(config) {
+        if matches!(row.id.block, Block::Draft(_)) {
+            continue;
+        }
+        let bytes = row.artifact_bytes(tp)?;
+        weights += match row.id.kind {
+            Kind::Embed | Kind::Tid2Eid => 0,
+            Kind::W1 | Kind::W2 | Kind::W3 => {
+                let chosen = (rows * config.num_experts_per_tok).min(config.n_routed_experts);
+                bytes / config.n_routed_experts * chosen
+            }
+            _ => bytes,
+        };
+    }
+    let (row, index) = (config.head_dim * STORED_BYTES, config.index_head_dim * STORED_BYTES);
+    let caches = layers(config).into_iter().map(|layer| {
+        let window = context.min(config.sliding_window) * row;
+        let entries = context.checked_div(u64::from(layer.ratio)).unwrap_or(0);
+        window
+            + match layer.ratio {
+                4 => entries * index + entries.min(rows * config.index_topk) * row,
+                _ => entries * row,
+            }
+    });
+    Ok(StepBytes { weights, caches: caches.sum() })
 }
 
 /// The largest context in whole pages, or the model's own, for which all ranks here need at most `usable` bytes.
@@ -273,22 +350,50 @@ mod tests {
                 ("process", 64 * MIB, "assumed"),
             ]
         );
-        // Packed: 3514.25 bytes a token, windows of 128 + 16 rows, open entries; a chunk's window rows in prefill.
-        let caches = 65_536 / 256 * 899_648 + 44 * 144 * 584 + 12_206_080;
+        // Rows of 512 and index entries of 128 bfloat16 values: 21 layers with an entry of both for 4 tokens, 20 with
+        // one for 128; rings of 16 more rows than a window or a compressor's; a number for each of 256 pages.
+        let entries = 21 * 16_384 * (512 + 128) * 2 + 20 * 512 * 512 * 2;
+        let rings = 21 * 2 * (8 + 16) * (1024 + 256) * 4 + 20 * 2 * (128 + 16) * 512 * 4;
+        let caches = entries + rings + 44 * 144 * 512 * 2 + 256 * 4;
         let asked = Asked { sequences: 3, ..asked(Target::Cuda, 65_536) };
-        let cuda = [
+        let table = lines(2, &asked);
+        let workspace = table[2].1;
+        assert!((128 * MIB..GIB).contains(&workspace), "{workspace}");
+        let card = [
             ("weights", FLASH_TP2_BYTES, "exact"),
             ("KV caches", 3 * caches, "exact"),
-            ("workspace", workspace + 44 * 256 * 584, "assumed"),
+            ("workspace", workspace, "exact"),
             ("graphs", 256 * MIB, "assumed"),
+        ];
+        let machine = [
             ("communication", GIB, "assumed"),
             ("device context", 512 * MIB, "assumed"),
             ("staging", 256 * MIB, "exact"),
             ("process", 512 * MIB, "assumed"),
         ];
-        assert_eq!(lines(2, &asked), cuda);
+        assert_eq!(table, [card, machine].concat());
+        assert_eq!(lines(2, &Asked { target: Target::Card, ..asked }), card);
         // One rank exchanges nothing.
         assert_eq!(lines(1, &asked)[4], ("communication", 0, "assumed"));
+    }
+
+    /// A token of Flash on one of two ranks: 6.26 GB (the kernel guide counts them by hand).
+    #[test]
+    fn what_a_step_reads() {
+        let (config, tp) = (flash(), Tp::new(0, 2).unwrap());
+        let of = |rows, context| step_bytes(&config, tp, rows, context).unwrap();
+        let one = of(1, 0);
+        assert_eq!(one.caches, 0);
+        assert!((6.2e9..6.4e9).contains(&(one.weights as f64)), "{one:?}");
+        // Six experts more: each three quarters of 4096 x 2048 codes of half a byte and a scale for 32, in 43 layers.
+        let experts = 43 * 6 * 3 * (2048 * 1024 + 2048 * 1024 / 16);
+        assert_eq!(of(2, 0).weights - one.weights, experts);
+        // All experts are read once, however many rows there are.
+        assert_eq!(of(100, 0).weights, of(1000, 0).weights);
+        let far = of(1, 65_536).caches;
+        let (window, csa, hca) = (43 * 128 * 1024, 21 * (16_384 * 256 + 512 * 1024), 20 * 512 * 1024);
+        assert_eq!(far, window + csa + hca);
+        assert_eq!(of(2, 65_536).caches - far, 21 * 512 * 1024);
     }
 
     #[test]

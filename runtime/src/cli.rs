@@ -29,6 +29,8 @@ pub enum Verb {
     Check(CheckArgs),
     /// Loads one rank's weights, says how fast, and frees them
     Load(LoadArgs),
+    /// Measures steps on a GPU: decode and prefill, by context
+    Bench(BenchArgs),
     /// Says what is wrong with this machine; needs no artifact
     Doctor(DoctorArgs),
     /// Serves rank 0 as another rank, with --rank and --peers
@@ -37,7 +39,7 @@ pub enum Verb {
 
 #[derive(Args, Debug)]
 pub struct Common {
-    /// Compute backend
+    /// What computes; auto: a GPU if there is one and the artifact has kernels, else the CPU
     #[arg(long, value_enum, default_value_t = Backend::Auto)]
     pub backend: Backend,
     /// Activation arithmetic: exact float32, or as published (FP8/FP4 activations)
@@ -46,21 +48,21 @@ pub struct Common {
     /// Compute threads of this process and the ranks it starts [default: all cores]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// Prompt tokens per prefill step
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=8192))]
-    pub chunk: u32,
+    /// Prompt tokens per prefill step [default: 256, on a GPU 2048]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    pub chunk: Option<u32>,
     /// Most tokens of prompt and answer [default: what the model allows]
     #[arg(long)]
     pub max_context: Option<usize>,
     /// Bytes of memory to leave to others, with an optional K, M or G; 0 starts without looking at memory
-    /// [default: 6G on a GB10, else 5 % of the machine, at least 256M, at most 6G]
+    /// [default: 6G on a GB10, nothing of a GPU's own memory, else 5 % of the machine, at least 256M, at most 6G]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub reserve: Option<u64>,
     /// How the disk is read: io_uring, threads, or io_uring where it is allowed
     #[arg(long, value_enum, default_value_t = IoArg::Auto)]
     pub io: IoArg,
     /// Bytes of memory below which loading waits, and after 5 s gives up, with an optional K, M or G; 0 for none
-    /// [default: 512M, on small machines less]
+    /// [default: 512M, on small machines less; 4G where a GPU has the machine's memory]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub floor: Option<u64>,
     /// This process's rank, with --peers
@@ -223,6 +225,9 @@ pub struct LoadArgs {
     /// Which rank
     #[arg(long, default_value_t = 0)]
     pub rank: u32,
+    /// Into whose memory; auto: a GPU's if there is one and the artifact has kernels, else the CPU's
+    #[arg(long, value_enum, default_value_t = Backend::Auto)]
+    pub backend: Backend,
     /// How the disk is read: io_uring, threads, or io_uring where it is allowed
     #[arg(long, value_enum, default_value_t = IoArg::Auto)]
     pub io: IoArg,
@@ -244,6 +249,46 @@ pub struct LoadArgs {
     /// Print one JSON object with everything
     #[arg(long)]
     pub json: bool,
+    /// No progress
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    /// One rank without the others: sums over ranks are left out. An artifact of one rank needs no such leave
+    #[arg(long)]
+    pub solo: bool,
+    /// Which rank, with --solo
+    #[arg(long, default_value_t = 0)]
+    pub rank: u32,
+    /// Positions before a decode step
+    #[arg(long, value_delimiter = ',', default_values_t = [0, 8 << 10, 64 << 10, 200 << 10], value_name = "TOKENS")]
+    pub context: Vec<u32>,
+    /// Rows of a decode step, at most 16
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4, 8], value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub rows: Vec<u32>,
+    /// Rows of a prefill step; 0 for none
+    #[arg(long, value_delimiter = ',', default_values_t = [2 << 10, 8 << 10], value_parser = clap::value_parser!(u32).range(0..=8192))]
+    pub chunk: Vec<u32>,
+    /// Positions before a prefill step
+    #[arg(long, value_delimiter = ',', default_values_t = [0, 32 << 10, 128 << 10], value_name = "TOKENS")]
+    pub depth: Vec<u32>,
+    /// Steps that are timed in each place; the median counts
+    #[arg(long, default_value_t = 21, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub steps: u32,
+    /// Time of every kernel, by name
+    #[arg(long)]
+    pub profile: bool,
+    /// Make weights from this seed instead of loading them
+    #[arg(long)]
+    pub weights_seed: Option<u64>,
+    /// Activation arithmetic
+    #[arg(long, value_enum, default_value_t = NumericsArg::Published)]
+    pub numerics: NumericsArg,
+    /// Bytes of memory to leave to others, with an optional K, M or G; 0 starts without looking at memory
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub reserve: Option<u64>,
     /// No progress
     #[arg(long)]
     pub quiet: bool,

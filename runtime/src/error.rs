@@ -4,6 +4,9 @@ use std::io;
 use std::path::PathBuf;
 
 use dsv4_format::FormatError;
+use dsv4_kernels::device::DeviceError;
+use dsv4_kernels::gpu::GpuError;
+use dsv4_kernels::gpu::weights::DeviceWeightsError;
 use dsv4_kernels::reference::ReferenceError;
 use dsv4_kernels::weights::WeightsError;
 use dsv4_model::ModelError;
@@ -106,9 +109,30 @@ pub enum RunError {
         /// 3 for files, 4 for memory and the machine.
         code: u8,
     },
-    /// The GPU backend was asked for.
-    #[error("--backend cuda: this version computes on the CPU only\n  help: leave --backend out, or use --backend cpu")]
-    NoCuda,
+    /// The GPU, its driver, its memory.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A step on the GPU.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
+    /// The artifact has no kernels for this GPU.
+    #[error(
+        "{artifact}: expected kernels for {gpu} ({arch}), found {found}\n  help: run `dsv4c kernels {artifact} --arch {arch}`, or run with --backend cpu"
+    )]
+    NoKernels {
+        artifact: PathBuf,
+        /// The GPU's name.
+        gpu: String,
+        /// What kernels for it are compiled for.
+        arch: String,
+        /// What there are kernels for.
+        found: String,
+    },
+    /// The artifact's kernels for this GPU are not those that this program launches.
+    #[error(
+        "{artifact}: {what} for {arch}: expected it in the artifact, found {found}\n  help: the artifact's kernels were made by another version: run `dsv4c kernels {artifact} --arch {arch}`, or run with --backend cpu"
+    )]
+    NoKernel { artifact: PathBuf, what: String, arch: String, found: String },
     /// Threads for the CPU backend.
     #[error("cannot start {threads} compute threads: {reason}\n  help: give a smaller --threads")]
     Threads { threads: usize, reason: String },
@@ -117,7 +141,7 @@ pub enum RunError {
 impl RunError {
     /// Whether the ranks are no longer in step: one is gone, or this one failed within a step.
     pub fn loses_ranks(&self) -> bool {
-        matches!(self, RunError::Peer(_) | RunError::Backend(_) | RunError::Command(_))
+        matches!(self, RunError::Peer(_) | RunError::Backend(_) | RunError::Gpu(_) | RunError::Command(_))
     }
 
     /// 2 usage, 3 input or artifact, 4 device or memory, 5 peer.
@@ -132,15 +156,31 @@ impl RunError {
                 | FormatError::Uring { .. },
             )
             | RunError::Threads { .. }
-            | RunError::NoCuda
+            | RunError::Device(_)
+            | RunError::Gpu(GpuError::Device(_))
             | RunError::DoesNotFit { .. } => 4,
             // A local rank that could not start says why; its reason is the group's.
             RunError::Peer(PeerError::Child { code, .. }) => match code {
                 Some(code @ 3..=4) => *code as u8,
                 _ => 5,
             },
-            RunError::Peer(_) | RunError::Backend(_) | RunError::Command(_) => 5,
+            RunError::Peer(_) | RunError::Backend(_) | RunError::Gpu(_) | RunError::Command(_) => 5,
             _ => 3,
         }
     }
+}
+
+impl From<DeviceWeightsError> for RunError {
+    fn from(error: DeviceWeightsError) -> RunError {
+        match error {
+            DeviceWeightsError::Weights(error) => error.into(),
+            DeviceWeightsError::Device(error) => error.into(),
+        }
+    }
+}
+
+/// An error's message without what to do, for quoting in another.
+pub fn fact(error: &dyn std::error::Error) -> String {
+    let text = error.to_string();
+    text.split_once("\n  help: ").map_or(text.clone(), |(fact, _)| fact.to_owned())
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use dsv4_format::io::cache_note;
 use dsv4_format::{Arena, Artifact, Floor, FormatError, LoadOptions, LoadReport, Look, NoProgress, Progress, Section};
 use dsv4_kernels::collective::Collective;
+use dsv4_kernels::device::Buffer;
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::reference::Reference;
 use dsv4_kernels::weights::Weights;
@@ -18,18 +19,22 @@ use dsv4_model::{ModelConfig, Tp};
 use serde_json::{Value, json};
 
 use crate::cli::LoadArgs;
+use crate::compute::{Compute, choose, cuda};
 use crate::error::RunError;
+use crate::gpu::load_arena;
 use crate::preflight::disk::{self, DiskProbe};
 use crate::preflight::host::Host;
 use crate::preflight::memory::{Asked, Supply, Target};
 use crate::preflight::{admit, report};
 use crate::progress::Bar;
 use crate::stall;
-use crate::terminal::print_now;
+use crate::terminal::{print_now, tell};
 
 /// Memory that loading leaves to others on the CPU, if there are no wishes, and at most this part of the machine.
 const FLOOR_BYTES: u64 = 512 << 20;
 const FLOOR_PART: u64 = 32;
+/// The same where a GPU has the machine's memory: there a shortage can stop the machine.
+const UNIFIED_FLOOR_BYTES: u64 = 4 << 30;
 /// How long `load` measures the disk beforehand.
 const PROBE_WITHIN: Duration = Duration::from_millis(500);
 
@@ -114,21 +119,28 @@ impl AsRef<[u8]> for ArenaBytes {
 
 /// The floor under memory while weights are loaded: as asked (0 for none), else by the machine, and never
 /// above what a plan with this reserve leaves.
-pub fn floor(asked: Option<u64>, reserve: Option<u64>, host: &Host) -> Option<Floor<'static>> {
+pub fn floor(asked: Option<u64>, reserve: Option<u64>, host: &Host, target: Target) -> Option<Floor<'static>> {
+    let total = host.memory.as_ref().map_or(0, |memory| memory.total);
     let bytes = asked.unwrap_or_else(|| {
-        let total = host.memory.as_ref().map_or(0, |memory| memory.total);
-        FLOOR_BYTES.min(total / FLOOR_PART).min(reserve.unwrap_or(u64::MAX))
+        let usual = if target == Target::Cuda { UNIFIED_FLOOR_BYTES } else { FLOOR_BYTES };
+        usual.min(total / FLOOR_PART).min(reserve.unwrap_or(u64::MAX))
     });
-    (bytes > 0).then(|| Floor::new(bytes, &memory_here))
+    let look: &'static (dyn Fn() -> Look + Sync) = if target == Target::Cuda { &unified_here } else { &memory_here };
+    (bytes > 0).then(|| Floor::new(bytes, look))
 }
 
 fn memory_here() -> Look {
-    memory_under(Path::new("/"))
+    memory_under(Path::new("/"), Target::Cpu)
 }
 
-/// What the memory plan counts as there, now; so the cgroup's limit is seen as the plan sees it.
-fn memory_under(root: &Path) -> Look {
-    let supply = Supply::of(&Host::for_memory(root), Target::Cpu)?;
+fn unified_here() -> Look {
+    memory_under(Path::new("/"), Target::Cuda)
+}
+
+/// What the memory plan counts as there, now; so the cgroup's limit is seen as the plan sees it, and on a machine
+/// whose memory is the GPU's only what its driver gets.
+fn memory_under(root: &Path, target: Target) -> Look {
+    let supply = Supply::of(&Host::for_memory(root), target)?;
     Some((supply.basis, supply.usable))
 }
 
@@ -155,10 +167,11 @@ pub fn summary(rank: u32, r: &LoadReport) -> String {
     text
 }
 
-fn load_json(rank: u32, r: &LoadReport, disk: &DiskProbe) -> Value {
+fn load_json(rank: u32, r: &LoadReport, disk: &DiskProbe, compute: &Compute) -> Value {
     let disk = disk.is_telling().then(|| disk.rate());
     json!({
         "rank": rank,
+        "backend": compute.name(),
         "bytes": r.bytes,
         "seconds": r.seconds,
         "bytes_per_second": r.rate(),
@@ -189,10 +202,14 @@ pub fn load_watched(
 /// `load`: one rank into memory and out of it again. Errors: those of a start.
 pub fn run_load(artifact: &Path, args: &LoadArgs) -> Result<(), RunError> {
     let opened = open(artifact)?;
-    let host = Host::for_memory(Path::new("/"));
+    let (compute, note) = choose(args.backend, &opened.artifact, &|| cuda(0))?;
+    if let (Some(note), false) = (note, args.quiet) {
+        tell(&note);
+    }
+    let host = compute.host(Path::new("/"));
     let threads = args.threads.map_or_else(|| LoadOptions::default().threads, usize::from);
     let asked = Asked {
-        target: Target::Cpu,
+        target: compute.target(),
         context: 1,
         sequences: 1,
         chunk: 1,
@@ -206,15 +223,22 @@ pub fn run_load(artifact: &Path, args: &LoadArgs) -> Result<(), RunError> {
         threads,
         queue_depth: args.queue_depth.map(usize::from),
         staged: args.staged,
-        floor: floor(args.floor, args.reserve, &host),
+        floor: floor(args.floor, args.reserve, &host, compute.target()),
     };
     // A rank that is not here is told as what it is, before its disk is measured.
     opened.require_rank(args.rank)?;
     let disk = disk::probe(&opened.artifact.rank_path(args.rank), PROBE_WITHIN)?;
-    let (_arena, report) = load_watched(&opened.artifact, args.rank, &options, &Bar::new(args.quiet))?;
+    let bar = Bar::new(args.quiet);
+    let report = match &compute {
+        Compute::Cpu => load_watched(&opened.artifact, args.rank, &options, &bar)?.1,
+        Compute::Gpu(device) => {
+            let arena = Buffer::new(&device.gpu, opened.artifact.arena_bytes(args.rank)?)?;
+            load_arena(&opened, args.rank, device.gpu.as_ref(), &arena, &options, &bar)?
+        }
+    };
     let mut text = summary(args.rank, &report);
     if args.json {
-        text = format!("{}\n", load_json(args.rank, &report, &disk));
+        text = format!("{}\n", load_json(args.rank, &report, &disk, &compute));
     } else if disk.is_telling() {
         let percent = 100.0 * report.rate() / disk.rate();
         text += &format!("{percent:.0} % of the disk, which gave {:.2} GB/s before\n", disk.rate() / 1e9);
@@ -251,6 +275,19 @@ impl Opened {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::preflight::texts::Meminfo;
+
+    #[test]
+    fn floors() {
+        let memory = |gib: u64| Meminfo { total: gib << 30, ..Meminfo::default() };
+        let host = |gib| Host { memory: Some(memory(gib)), ..Host::default() };
+        let of = |reserve, gib, target| floor(None, reserve, &host(gib), target).map(|floor| floor.bytes);
+        assert_eq!(of(None, 128, Target::Cuda), Some(4 << 30));
+        assert_eq!(of(None, 128, Target::Card), Some(512 << 20));
+        assert_eq!(of(None, 1, Target::Cpu), Some(32 << 20));
+        assert_eq!(of(Some(0), 128, Target::Cuda), None);
+        assert_eq!(floor(Some(7), None, &host(128), Target::Cuda).map(|floor| floor.bytes), Some(7));
+    }
 
     #[test]
     fn memory_is_what_the_tightest_limit_leaves() {
@@ -261,13 +298,17 @@ mod tests {
             std::fs::write(path, text).unwrap();
         };
         write("proc/meminfo", "MemTotal: 1000000 kB\nMemFree: 300 kB\nMemAvailable: 800 kB\n");
-        assert_eq!(memory_under(&temp), Some(("MemAvailable", 800 << 10)));
+        assert_eq!(memory_under(&temp, Target::Cpu), Some(("MemAvailable", 800 << 10)));
+        let (figure, bytes) = memory_under(&temp, Target::Cuda).unwrap();
+        assert!(figure.contains("MemFree") && bytes == 300 << 10, "{figure} {bytes}");
         write("proc/self/cgroup", "0::/a\n");
         write("sys/fs/cgroup/a/memory.max", "500000\n");
         write("sys/fs/cgroup/a/memory.current", "450000\n");
-        let (figure, bytes) = memory_under(&temp).unwrap();
+        let (figure, bytes) = memory_under(&temp, Target::Cpu).unwrap();
         assert!(figure.contains("cgroup") && bytes == 50_000, "{figure} {bytes}");
+        // What is below this is the driver's, not the cgroup's.
+        assert_eq!(memory_under(&temp, Target::Cuda).map(|look| look.1), Some(300 << 10));
         std::fs::remove_dir_all(&temp).unwrap();
-        assert_eq!(memory_under(&temp), None);
+        assert_eq!(memory_under(&temp, Target::Cpu), None);
     }
 }

@@ -5,17 +5,24 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use dsv4_format::{Arena, LoadOptions, Progress};
+use dsv4_format::{LoadOptions, LoadReport, Progress};
 use dsv4_kernels::collective::{Alone, Collective};
+use dsv4_kernels::gpu::GpuOptions;
 use dsv4_kernels::numerics::Numerics;
+use serde_json::Value;
 
 use crate::cli::IoArg;
+use crate::compute::{Compute, Device};
 use crate::error::RunError;
 use crate::generate::DRAFT_MAX;
+use crate::gpu::Ready;
 use crate::load::{Opened, RankOptions, floor, load_watched, summary};
+use crate::preflight::admit;
 use crate::preflight::host::Host;
-use crate::ranks::{self, Control, ControlReceiver, Deadlines, Facts, LocalRanks, Mesh, Token};
-use crate::step::{Engine, Rank};
+use crate::preflight::memory::Asked;
+use crate::ranks::wire::WireError;
+use crate::ranks::{self, Control, ControlReceiver, Deadlines, Facts, LocalRanks, Mesh, TcpCollective, Token};
+use crate::step::{Engine, Rank, Setup};
 use crate::terminal::tell;
 
 /// How long ranks wait for each other's weights.
@@ -35,10 +42,14 @@ pub enum Places {
 }
 
 /// What every rank must be told alike.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Settings {
     /// The artifact directory.
     pub artifact: PathBuf,
+    /// What computes.
+    pub compute: Compute,
+    /// Tokens of the longest sequence. A GPU reserves its caches for it; rank 0's holds for all ranks.
+    pub context: usize,
     /// Activation arithmetic.
     pub numerics: Numerics,
     /// Rows of a prefill step.
@@ -63,6 +74,8 @@ pub struct Session {
     pub opened: Opened,
     /// All ranks.
     pub engine: Engine,
+    /// What computes, for programs.
+    pub backend: Value,
     locals: Option<LocalRanks>,
 }
 
@@ -83,7 +96,11 @@ pub fn start(opened: Opened, settings: &Settings, progress: &dyn Progress) -> Re
     let facts = facts(&opened, settings);
     let mut locals = None;
     let (mesh, local_ranks) = match &settings.places {
-        Places::Local if tp == 1 => (None, 1),
+        Places::Local if tp == 1 => {
+            // A file that is not there is told as what it is, before memory is reserved for it.
+            opened.require_rank(0)?;
+            (None, 1)
+        }
         Places::Local => {
             // A file that is missing or cut is known now, and told as what it is.
             for rank in 0..tp {
@@ -117,33 +134,116 @@ pub fn start(opened: Opened, settings: &Settings, progress: &dyn Progress) -> Re
         }
     };
     start_threads(settings, local_ranks)?;
-    let (rank, control): (Rank, Option<Control>) = match mesh {
-        None => {
-            let arena = load(&opened, 0, settings, progress)?;
-            (Rank::new(opened.backend(arena, Box::new(Alone), options(settings))?), None)
-        }
-        Some(Mesh { mut collective, control }) => {
-            let arena = load(&opened, collective.rank(), settings, progress)?;
-            collective.barrier(LOAD_WITHIN).map_err(|error| explain(&mut locals, error.into()))?;
-            (Rank::new(opened.backend(arena, Box::new(collective), options(settings))?), Some(control))
-        }
+    let (mut collective, mut control) = match mesh {
+        None => (None, None),
+        Some(Mesh { collective, control }) => (Some(collective), Some(control)),
     };
+    let rank = match &settings.compute {
+        Compute::Cpu => load_cpu(&opened, settings, &mut collective, progress),
+        Compute::Gpu(device) => load_gpu(&opened, settings, device, &mut collective, &mut control, progress),
+    };
+    let rank = rank.map_err(|error| explain(&mut locals, error))?;
     let sender = match control {
         Some(Control::Worker(receiver)) => return Ok(Started::Worker(Box::new(rank), receiver)),
         Some(Control::Leader(sender)) => Some(sender),
         None => None,
     };
-    Ok(Started::Leader(Box::new(Session { opened, engine: Engine::new(rank, sender), locals })))
+    let backend = settings.compute.to_json(&opened.artifact);
+    Ok(Started::Leader(Box::new(Session { opened, engine: Engine::new(rank, sender), backend, locals })))
 }
 
-fn load(opened: &Opened, rank: u32, settings: &Settings, progress: &dyn Progress) -> Result<Arena, RunError> {
-    let floor = floor(settings.floor, settings.reserve, &Host::for_memory(Path::new("/")));
-    let options = LoadOptions { io: settings.io.into(), threads: settings.threads, floor, ..LoadOptions::default() };
-    let (arena, report) = load_watched(&opened.artifact, rank, &options, progress)?;
+/// This rank of a group, or the only one.
+fn rank_of(collective: &Option<TcpCollective>) -> u32 {
+    collective.as_ref().map_or(0, Collective::rank)
+}
+
+fn boxed(collective: Option<TcpCollective>) -> Box<dyn Collective> {
+    collective.map_or(Box::new(Alone), |collective| Box::new(collective))
+}
+
+/// Waits for the other ranks to come as far as this one.
+fn meet(collective: &mut Option<TcpCollective>) -> Result<(), RunError> {
+    Ok(collective.as_mut().map_or(Ok(()), |collective| collective.barrier(LOAD_WITHIN))?)
+}
+
+fn load_cpu(
+    opened: &Opened,
+    settings: &Settings,
+    collective: &mut Option<TcpCollective>,
+    progress: &dyn Progress,
+) -> Result<Rank, RunError> {
+    let rank = rank_of(collective);
+    let (arena, report) = load_watched(&opened.artifact, rank, &load_options(settings), progress)?;
+    tell_loaded(settings, rank, &report);
+    meet(collective)?;
+    let options = RankOptions { numerics: settings.numerics, slots: 1, rows_max: rows_max(settings) };
+    Ok(opened.backend(arena, boxed(collective.take()), options)?.into())
+}
+
+fn load_gpu(
+    opened: &Opened,
+    settings: &Settings,
+    device: &Device,
+    collective: &mut Option<TcpCollective>,
+    control: &mut Option<Control>,
+    progress: &dyn Progress,
+) -> Result<Rank, RunError> {
+    let rank = rank_of(collective);
+    let context = agree(opened, settings, rank, control)?;
     if !settings.quiet {
-        tell(&summary(rank, &report));
+        tell(&settings.compute.line(rank, &opened.artifact));
     }
-    Ok(arena)
+    let options = GpuOptions { slots: 1, context, rows_max: rows_max(settings) as u32, solo: false, graphs: true };
+    let ready = Ready::new(opened, device.gpu.clone(), rank, settings.numerics, options)?;
+    // Whoever has too little memory says so before anybody reads gigabytes.
+    meet(collective)?;
+    let (loaded, report) = ready.load(opened, &load_options(settings), progress)?;
+    tell_loaded(settings, rank, &report);
+    meet(collective)?;
+    Ok(loaded.backend(boxed(collective.take())).into())
+}
+
+/// The context that all ranks reserve: rank 0 knows what it will ask for. On a machine of its own a rank sees
+/// only now whether that fits.
+fn agree(opened: &Opened, settings: &Settings, rank: u32, control: &mut Option<Control>) -> Result<u32, RunError> {
+    let own = u32::try_from(settings.context).unwrap_or(u32::MAX);
+    let context = match control {
+        None => own,
+        Some(Control::Leader(sender)) => {
+            sender.send_control(&Setup { context: own }.encode())?;
+            own
+        }
+        Some(Control::Worker(receiver)) => {
+            let ended = WireError::Short { field: "context", offset: 0, left: 0, needed: 4 };
+            let context = Setup::decode(&receiver.recv_control()?.ok_or(ended)?)?.context;
+            let model = u32::try_from(opened.config.max_position_embeddings).unwrap_or(u32::MAX);
+            context.min(model)
+        }
+    };
+    if matches!(settings.places, Places::Peers { .. }) && rank > 0 {
+        let asked = Asked {
+            target: settings.compute.target(),
+            context: context.into(),
+            sequences: 1,
+            chunk: settings.chunk as u64,
+            threads: settings.threads as u64,
+            all_logits: false,
+            reserve: settings.reserve,
+        };
+        admit(opened, &[rank], &asked, &settings.compute.host(Path::new("/")))?;
+    }
+    Ok(context)
+}
+
+fn load_options(settings: &Settings) -> LoadOptions<'static> {
+    let floor = floor(settings.floor, settings.reserve, &Host::for_memory(Path::new("/")), settings.compute.target());
+    LoadOptions { io: settings.io.into(), threads: settings.threads, floor, ..LoadOptions::default() }
+}
+
+fn tell_loaded(settings: &Settings, rank: u32, report: &LoadReport) {
+    if !settings.quiet {
+        tell(&summary(rank, report));
+    }
 }
 
 fn check_peers(rank: u32, peers: &[String], tp: u32) -> Result<(), RunError> {
@@ -164,27 +264,25 @@ fn check_peers(rank: u32, peers: &[String], tp: u32) -> Result<(), RunError> {
     }
 }
 
-fn options(settings: &Settings) -> RankOptions {
-    // A step verifies up to DRAFT_MAX drafts behind a decided token, however small the chunks are.
-    let rows_max = settings.chunk.max(1 + DRAFT_MAX);
-    RankOptions { numerics: settings.numerics, slots: 1, rows_max }
+/// Most rows of a step: one verifies up to DRAFT_MAX drafts behind a decided token, however small the chunks are.
+fn rows_max(settings: &Settings) -> usize {
+    settings.chunk.max(1 + DRAFT_MAX)
 }
 
 /// What must be equal on all ranks.
 fn facts(opened: &Opened, settings: &Settings) -> Facts {
     let m = opened.artifact.manifest();
-    [
+    let mut facts = vec![
         ("artifact_id", m.artifact_id.to_string()),
         ("weight_set_id", m.weight_set_id.to_string()),
         ("weight_contract", m.weight_contract.to_string()),
         ("op_contract", m.op_contract.to_string()),
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
-        ("backend", "cpu".to_owned()),
         ("numerics", settings.numerics.name().to_owned()),
         ("chunk", settings.chunk.to_string()),
-    ]
-    .map(|(name, value)| (name.to_owned(), value))
-    .to_vec()
+    ];
+    facts.extend(settings.compute.facts(&Host::for_memory(Path::new("/"))));
+    facts.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 fn child_arguments(settings: &Settings, tp: u32) -> Vec<OsString> {
@@ -193,6 +291,7 @@ fn child_arguments(settings: &Settings, tp: u32) -> Vec<OsString> {
     let chunk = settings.chunk.to_string();
     let flags = ["worker", "--quiet", "--numerics", settings.numerics.name(), "--chunk", &chunk, "--threads", &threads];
     arguments.extend(flags.iter().map(OsString::from));
+    arguments.extend(["--backend", settings.compute.name()].map(OsString::from));
     arguments.extend(["--io", settings.io.name()].map(OsString::from));
     let numbers = [("--floor", settings.floor), ("--reserve", settings.reserve)];
     for (flag, bytes) in numbers.into_iter().filter_map(|(flag, bytes)| Some((flag, bytes?))) {

@@ -1,9 +1,10 @@
 //! One step on every rank: rank 0 sends a command, all ranks run the same forward pass.
 
+use dsv4_kernels::gpu::GpuBackend;
 use dsv4_kernels::ops::Mat;
-use dsv4_kernels::reference::{Reference, ReferenceError, Streams};
-use dsv4_model::Model;
-use dsv4_model::ops::{Segment, Step};
+use dsv4_kernels::reference::{Reference, ReferenceError};
+use dsv4_model::ops::{Backend, Segment, Step};
+use dsv4_model::{Model, ModelConfig};
 
 use crate::error::RunError;
 use crate::ranks::wire::{Reader, WireError, Writer};
@@ -88,55 +89,168 @@ fn decode_step(r: &mut Reader<'_>) -> Result<Step, WireError> {
     Ok(Step { tokens, segments, logits: r.u32s("logits", LIST_MAX)?, source: r.u32s("source", LIST_MAX)? })
 }
 
-/// One rank: its backend and the streams of its last steps.
-pub struct Rank {
-    model: Model,
-    backend: Reference,
-    trunk: Option<Streams>,
-    draft: Option<Streams>,
+/// What rank 0 tells the others before anything is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Setup {
+    /// Tokens of the longest sequence.
+    pub context: u32,
 }
 
-impl Rank {
-    /// A rank over a loaded backend.
-    pub fn new(backend: Reference) -> Rank {
-        Rank { model: Model::new(backend.config()), backend, trunk: None, draft: None }
+impl Setup {
+    /// As bytes.
+    pub fn encode(self) -> Vec<u8> {
+        let mut w = Writer::new();
+        w.u32(self.context);
+        w.into_bytes()
     }
 
-    /// The compute backend.
-    pub fn backend_mut(&mut self) -> &mut Reference {
-        &mut self.backend
+    /// From bytes. Errors: they are none.
+    pub fn decode(bytes: &[u8]) -> Result<Setup, WireError> {
+        let mut r = Reader::new(bytes);
+        let setup = Setup { context: r.u32("context")? };
+        r.finish()?;
+        Ok(setup)
+    }
+}
+
+/// A backend that runs steps one after another.
+trait Stepping: Backend<Logits = Mat, Error: Into<RunError>> {
+    fn config(&self) -> &ModelConfig;
+    fn open(&mut self, slot: u32) -> Result<(), Self::Error>;
+    fn close(&mut self, slot: u32) -> Result<(), Self::Error>;
+    fn begin(&mut self, step: Step, source: Option<&Self::Streams>) -> Result<(), Self::Error>;
+    /// Ends a pass whose logits nobody wants.
+    fn finish(&mut self) -> Result<(), Self::Error>;
+}
+
+impl Stepping for Reference {
+    fn config(&self) -> &ModelConfig {
+        Reference::config(self)
+    }
+    fn open(&mut self, slot: u32) -> Result<(), Self::Error> {
+        Reference::open(self, slot)
+    }
+    fn close(&mut self, slot: u32) -> Result<(), Self::Error> {
+        Reference::close(self, slot)
+    }
+    fn begin(&mut self, step: Step, source: Option<&Self::Streams>) -> Result<(), Self::Error> {
+        Reference::begin(self, step, source)
+    }
+    fn finish(&mut self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+}
+
+impl Stepping for GpuBackend {
+    fn config(&self) -> &ModelConfig {
+        GpuBackend::config(self)
+    }
+    fn open(&mut self, slot: u32) -> Result<(), Self::Error> {
+        GpuBackend::open(self, slot)
+    }
+    fn close(&mut self, slot: u32) -> Result<(), Self::Error> {
+        GpuBackend::close(self, slot)
+    }
+    fn begin(&mut self, step: Step, source: Option<&Self::Streams>) -> Result<(), Self::Error> {
+        GpuBackend::begin(self, step, source)
+    }
+    fn finish(&mut self) -> Result<(), Self::Error> {
+        GpuBackend::finish(self)
+    }
+}
+
+/// A backend and the streams of its last steps.
+struct Lane<B: Backend> {
+    model: Model,
+    backend: B,
+    trunk: Option<B::Streams>,
+    draft: Option<B::Streams>,
+}
+
+impl<B: Stepping> Lane<B> {
+    fn new(backend: B) -> Lane<B> {
+        Lane { model: Model::new(backend.config()), backend, trunk: None, draft: None }
     }
 
     /// Runs one command; rank 0 gets the wanted logits `[wanted, V]`.
     fn run(&mut self, command: Command) -> Result<Mat, RunError> {
+        let Lane { model, backend, trunk, draft } = self;
         match command {
-            Command::Open(slot) => self.backend.open(slot)?,
-            Command::Close(slot) => self.backend.close(slot)?,
+            Command::Open(slot) => backend.open(slot).map_err(Into::into)?,
+            Command::Close(slot) => backend.close(slot).map_err(Into::into)?,
             Command::Trunk(step) => {
                 let wanted = !step.logits.is_empty();
-                self.backend.begin(step, None)?;
-                let streams = self.model.trunk(&mut self.backend)?;
-                let streams = self.trunk.insert(streams);
+                backend.begin(step, None).map_err(Into::into)?;
+                let streams = trunk.insert(model.trunk(backend).map_err(Into::into)?);
                 if wanted {
-                    return Ok(self.model.logits(&mut self.backend, streams)?);
+                    return model.logits(backend, streams).map_err(Into::into);
                 }
+                backend.finish().map_err(Into::into)?;
             }
             Command::Draft(step, source) => {
                 let wanted = !step.logits.is_empty();
-                let from = if source == Source::Trunk { &self.trunk } else { &self.draft };
-                let from = from.as_ref().filter(|_| self.model.has_mtp()).ok_or_else(|| ReferenceError::Step {
+                let from = if source == Source::Trunk { &*trunk } else { &*draft };
+                let from = from.as_ref().filter(|_| model.has_mtp()).ok_or_else(|| ReferenceError::Step {
                     expected: "a draft step of a model that drafts, after the step it continues".into(),
                     found: "none of these".into(),
                 })?;
-                self.backend.begin(step, Some(from))?;
-                let streams = self.model.mtp(&mut self.backend, from)?;
-                let streams = self.draft.insert(streams);
+                backend.begin(step, Some(from)).map_err(Into::into)?;
+                let streams = model.mtp(backend, from).map_err(Into::into)?;
+                let streams = draft.insert(streams);
                 if wanted {
-                    return Ok(self.model.mtp_logits(&mut self.backend, streams)?);
+                    return model.mtp_logits(backend, streams).map_err(Into::into);
                 }
+                backend.finish().map_err(Into::into)?;
             }
         }
         Ok(Mat::default())
+    }
+}
+
+enum Lanes {
+    Cpu(Box<Lane<Reference>>),
+    Gpu(Box<Lane<GpuBackend>>),
+}
+
+/// One rank, whatever computes for it.
+pub struct Rank {
+    lanes: Lanes,
+}
+
+impl From<Reference> for Rank {
+    fn from(backend: Reference) -> Rank {
+        Rank { lanes: Lanes::Cpu(Box::new(Lane::new(backend))) }
+    }
+}
+
+impl From<GpuBackend> for Rank {
+    fn from(backend: GpuBackend) -> Rank {
+        Rank { lanes: Lanes::Gpu(Box::new(Lane::new(backend))) }
+    }
+}
+
+impl Rank {
+    /// The CPU backend, if it is one.
+    pub fn cpu_mut(&mut self) -> Option<&mut Reference> {
+        match &mut self.lanes {
+            Lanes::Cpu(lane) => Some(&mut lane.backend),
+            Lanes::Gpu(_) => None,
+        }
+    }
+
+    /// The GPU backend, if it is one.
+    pub fn gpu_mut(&mut self) -> Option<&mut GpuBackend> {
+        match &mut self.lanes {
+            Lanes::Cpu(_) => None,
+            Lanes::Gpu(lane) => Some(&mut lane.backend),
+        }
+    }
+
+    fn run(&mut self, command: Command) -> Result<Mat, RunError> {
+        match &mut self.lanes {
+            Lanes::Cpu(lane) => lane.run(command),
+            Lanes::Gpu(lane) => lane.run(command),
+        }
     }
 
     /// Serves rank 0 until it closes the control connection. Errors: rank 0 or another rank is lost.
@@ -213,5 +327,8 @@ mod tests {
             }
         }
         assert!(Command::decode(&[9, 0, 0, 0, 0]).is_err());
+        let setup = Setup { context: 77_000 };
+        assert_eq!(Setup::decode(&setup.encode()).unwrap(), setup);
+        assert!(Setup::decode(&[1, 2, 3]).is_err());
     }
 }

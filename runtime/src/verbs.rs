@@ -8,14 +8,17 @@ use std::time::Duration;
 
 use dsv4_format::NoProgress;
 use dsv4_kernels::ops::Mat;
-use dsv4_model::Draft;
+use dsv4_model::{Draft, Tp};
 use serde_json::{Value, json};
 
 use crate::answer::{Answer, AnswerOptions, answer, prompt, room, stats_json, tokens_per_second};
+use crate::bench::run_bench;
 use crate::chat::{Effort, Message, Role, merge_tools, parse_messages};
-use crate::cli::{AnswerArgs, Backend, ChatArgs, Cli, Common, EffortArg, GenerateArgs, LogitsArgs, Verb, WorkerArgs};
+use crate::cli::{AnswerArgs, ChatArgs, Cli, Common, EffortArg, GenerateArgs, LogitsArgs, Verb, WorkerArgs};
+use crate::compute::{Compute, choose, cuda};
 use crate::error::RunError;
 use crate::generate::{Part, prefill};
+use crate::gpu::require_kernels;
 use crate::load::{Opened, open, run_load};
 use crate::preflight::command::{admit_start, run_check, run_doctor};
 use crate::progress::Bar;
@@ -44,18 +47,59 @@ pub fn run(cli: Cli) -> Result<(), RunError> {
         Verb::Logits(args) => logits(artifact()?, args),
         Verb::Check(args) => run_check(artifact()?, args),
         Verb::Load(args) => run_load(artifact()?, args),
+        Verb::Bench(args) => run_bench(artifact()?, args),
         Verb::Doctor(args) => run_doctor(args),
         Verb::Worker(args) => worker(artifact()?, args),
     }
 }
 
-/// Starts the ranks. `None` after this process has served as a rank other than 0.
-fn begin(opened: Opened, artifact: &Path, common: &Common, places: Places) -> Result<Option<Box<Session>>, RunError> {
+/// An artifact, and what computes.
+struct Chosen {
+    opened: Opened,
+    compute: Compute,
+    /// Rows of a prefill step.
+    chunk: usize,
+}
+
+impl Chosen {
+    /// Opens an artifact and decides what computes for the `local_rank`th rank of this machine.
+    fn new(artifact: &Path, common: &Common, local_rank: u32) -> Result<Chosen, RunError> {
+        let opened = open(artifact)?;
+        let (compute, note) = choose(common.backend, &opened.artifact, &|| cuda(local_rank))?;
+        if let (Some(note), false) = (note, common.quiet) {
+            tell(&note);
+        }
+        if let Compute::Gpu(device) = &compute {
+            // Before other ranks are started, who would all say the same.
+            let tp = Tp::new(0, opened.artifact.manifest().tp)?;
+            require_kernels(&opened, device.gpu.as_ref(), tp, common.numerics.into())?;
+        }
+        let chunk = compute.chunk(common.chunk) as usize;
+        Ok(Chosen { opened, compute, chunk })
+    }
+
+    /// Refuses a sequence of `tokens` tokens that does not fit into memory; else they are the session's context.
+    fn admit(&self, common: &Common, tokens: usize, all_logits: bool) -> Result<usize, RunError> {
+        admit_start(&self.opened, common, &self.compute, tokens, all_logits).map(|()| tokens)
+    }
+}
+
+/// Starts the ranks for sequences of `context` tokens. `None` after this process has served as a rank other than 0.
+fn begin(
+    chosen: Chosen,
+    artifact: &Path,
+    common: &Common,
+    places: Places,
+    context: usize,
+) -> Result<Option<Box<Session>>, RunError> {
+    let Chosen { opened, compute, chunk } = chosen;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let settings = Settings {
         artifact: artifact.to_owned(),
+        compute,
+        context,
         numerics: common.numerics.into(),
-        chunk: common.chunk as usize,
+        chunk,
         threads: common.threads.map_or(cores, usize::from),
         io: common.io,
         floor: common.floor,
@@ -96,7 +140,8 @@ fn worker(artifact: &Path, args: &WorkerArgs) -> Result<(), RunError> {
             return Err(RunError::Usage(format!("{what}\n  help: rank 0 runs generate, chat or logits")));
         }
     };
-    begin(open(artifact)?, artifact, &args.common, places).map(|_| ())
+    let local_rank = args.local_rank.unwrap_or(0);
+    begin(Chosen::new(artifact, &args.common, local_rank)?, artifact, &args.common, places, 1).map(|_| ())
 }
 
 /// Opens the artifact, lets `prepare` refuse what cannot be done, and only then loads weights: runs `f` on
@@ -104,24 +149,21 @@ fn worker(artifact: &Path, args: &WorkerArgs) -> Result<(), RunError> {
 fn with_session<T>(
     artifact: &Path,
     common: &Common,
-    prepare: impl FnOnce(&Opened) -> Result<T, RunError>,
+    prepare: impl FnOnce(&Chosen) -> Result<(T, usize), RunError>,
     f: impl FnOnce(&mut Session, T) -> Result<(), RunError>,
 ) -> Result<(), RunError> {
-    if common.backend == Backend::Cuda {
-        return Err(RunError::NoCuda);
-    }
-    let opened = open(artifact)?;
+    let chosen = Chosen::new(artifact, common, 0)?;
     let places = places(common);
     // The other ranks only serve rank 0; what it will ask of them is its business.
-    let prepared = if common.rank.unwrap_or(0) == 0 {
-        Some(prepare(&opened)?)
+    let (prepared, tokens) = if common.rank.unwrap_or(0) == 0 {
+        let (prepared, tokens) = prepare(&chosen)?;
+        (Some(prepared), tokens)
     } else {
         // How long the sequences will be is not known here: the weights must fit at least.
-        let tokens = if common.max_context.is_some() { context(&opened, common)? } else { 1 };
-        admit_start(&opened, common, tokens, false)?;
-        None
+        let tokens = if common.max_context.is_some() { context(&chosen.opened, common)? } else { 1 };
+        (None, chosen.admit(common, tokens, false)?)
     };
-    let (Some(mut session), Some(prepared)) = (begin(opened, artifact, common, places)?, prepared) else {
+    let (Some(mut session), Some(prepared)) = (begin(chosen, artifact, common, places, tokens)?, prepared) else {
         return Ok(());
     };
     match f(&mut session, prepared) {
@@ -155,7 +197,8 @@ fn context(opened: &Opened, common: &Common) -> Result<usize, RunError> {
     }
 }
 
-fn answer_options(opened: &Opened, args: &AnswerArgs, common: &Common) -> Result<AnswerOptions, RunError> {
+fn answer_options(chosen: &Chosen, args: &AnswerArgs, common: &Common) -> Result<AnswerOptions, RunError> {
+    let opened = &chosen.opened;
     if args.draft > 0 {
         check_draft(opened, "--draft")?;
     }
@@ -170,7 +213,7 @@ fn answer_options(opened: &Opened, args: &AnswerArgs, common: &Common) -> Result
         context: context(opened, common)?,
         sampling: Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed },
         draft: usize::from(args.draft),
-        chunk: common.chunk as usize,
+        chunk: chosen.chunk,
     })
 }
 
@@ -217,14 +260,14 @@ fn conversation(args: &GenerateArgs) -> Result<Vec<Message>, RunError> {
 
 fn generate(artifact: &Path, args: &GenerateArgs) -> Result<(), RunError> {
     let messages = conversation(args)?;
-    let prepare = |opened: &Opened| {
+    let prepare = |chosen: &Chosen| {
+        let opened = &chosen.opened;
         let tokenizer = tokenizer(opened, "generate")?;
-        let options = answer_options(opened, &args.answer, &args.common)?;
+        let options = answer_options(chosen, &args.answer, &args.common)?;
         let prompt = prompt(&opened.config, &tokenizer, &messages, &options)?;
         let room = room(&opened.config, &prompt, &options)?;
         let tokens = prompt.tokens.len() + options.tokens_max.map_or(room, |most| most.min(room));
-        admit_start(opened, &args.common, tokens, false)?;
-        Ok((tokenizer, options, prompt))
+        Ok(((tokenizer, options, prompt), chosen.admit(&args.common, tokens, false)?))
     };
     with_session(artifact, &args.common, prepare, |session, (tokenizer, options, prompt)| {
         let mut printer = Printer::new(!args.json);
@@ -242,6 +285,7 @@ fn generate(artifact: &Path, args: &GenerateArgs) -> Result<(), RunError> {
             "text": answer.text,
             "message": answer.message_json(),
             "finish_reason": answer.finish_reason(),
+            "backend": session.backend,
             "stats": stats_json(&generated.stats, prompt.tokens.len(), generated.tokens.len()),
         });
         print_now(&format!("{out}\n")).map(|_| ())
@@ -292,10 +336,10 @@ fn next_line(lines: &Receiver<std::io::Result<String>>, session: &mut Session) -
 }
 
 fn chat(artifact: &Path, args: &ChatArgs) -> Result<(), RunError> {
-    let prepare = |opened: &Opened| {
-        let (tokenizer, options) = (tokenizer(opened, "chat")?, answer_options(opened, &args.answer, &args.common)?);
-        admit_start(opened, &args.common, options.context, false)?;
-        Ok((tokenizer, options))
+    let prepare = |chosen: &Chosen| {
+        let tokenizer = tokenizer(&chosen.opened, "chat")?;
+        let options = answer_options(chosen, &args.answer, &args.common)?;
+        Ok(((tokenizer, options), chosen.admit(&args.common, options.context, false)?))
     };
     with_session(artifact, &args.common, prepare, |session, (tokenizer, options)| {
         let mut messages: Vec<Message> = args.system.iter().map(|s| Message::new(Role::System, s.clone())).collect();
@@ -335,7 +379,8 @@ fn logits(artifact: &Path, args: &LogitsArgs) -> Result<(), RunError> {
         help: "write a JSON list such as [0, 17, 4]",
     };
     let tokens: Vec<u32> = ids.ok_or_else(|| input("a list of token ids".into(), "something else".into()))?;
-    let prepare = |opened: &Opened| {
+    let prepare = |chosen: &Chosen| {
+        let opened = &chosen.opened;
         let config = &opened.config;
         if let Some(id) = tokens.iter().find(|t| u64::from(**t) >= config.vocab_size) {
             return Err(input(format!("ids below {}", config.vocab_size), id.to_string()));
@@ -352,15 +397,14 @@ fn logits(artifact: &Path, args: &LogitsArgs) -> Result<(), RunError> {
         if args.mtp {
             check_draft(opened, "--mtp")?;
         }
-        admit_start(opened, &args.common, tokens.len(), true)?;
+        let context = chosen.admit(&args.common, tokens.len(), true)?;
         let mut tensors = vec![("logits", tokens.len())];
         if args.mtp {
             tensors.push(("mtp", tokens.len() - 1));
         }
-        TensorFile::create(&args.output, &tensors, config.vocab_size as usize)
+        Ok(((TensorFile::create(&args.output, &tensors, config.vocab_size as usize)?, chosen.chunk), context))
     };
-    with_session(artifact, &args.common, prepare, |session, mut file| {
-        let chunk = args.common.chunk as usize;
+    with_session(artifact, &args.common, prepare, |session, (mut file, chunk)| {
         let mut write = |part: Part, first: usize, rows: Mat| file.write_rows(part as usize, first, &rows.data);
         prefill(&mut session.engine, &tokens, chunk, true, args.mtp, &mut write)?;
         session.engine.run(Command::Close(0))?;

@@ -1,20 +1,26 @@
 //! All ranks of an artifact in this process: rank 0 here, the others as threads, over loopback.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread::JoinHandle;
 
-use dsv4_kernels::collective::Alone;
+use dsv4_format::LoadOptions;
+use dsv4_kernels::collective::{Alone, Collective};
+use dsv4_kernels::device::Gpu;
+use dsv4_kernels::gpu::{GpuBackend, GpuOptions};
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::ops::Mat;
 use dsv4_kernels::reference::Reference;
 use dsv4_model::ops::{Segment, Step};
 use dsv4_run::generate::{Part, prefill};
-use dsv4_run::load::{RankOptions, open};
+use dsv4_run::gpu::Ready;
+use dsv4_run::load::{Opened, RankOptions, open};
 use dsv4_run::ranks::{self, Control, Deadlines, Mesh, Token};
 use dsv4_run::step::{Command, Engine, Rank};
 
 use crate::artifacts::Unwatched;
+use crate::device;
 
 /// Addresses for a group that no other process or group of this machine uses: a loopback address
 /// made from this process's id and a count. No port is probed and lost to somebody else.
@@ -33,40 +39,76 @@ pub struct Group {
     workers: Vec<JoinHandle<()>>,
 }
 
+/// Makes a rank of an opened artifact.
+type Make = dyn Fn(&Opened, u32, Box<dyn Collective>) -> Rank + Send + Sync;
+
 impl Group {
-    /// Loads every rank of `artifact`; a step may have `rows_max` rows.
+    /// Loads every rank of `artifact` on the CPU; a step may have `rows_max` rows.
     pub fn start(artifact: &Path, numerics: Numerics, rows_max: usize) -> Group {
+        let options = RankOptions { numerics, slots: 1, rows_max };
+        Group::of(artifact, move |opened, rank, collective| {
+            let arena = opened.artifact.load_rank(rank, 2, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
+            opened.backend(arena, collective, options).unwrap_or_else(|e| panic!("{e}")).into()
+        })
+    }
+
+    /// Loads every rank of `artifact`, which has kernels for it, on the GPU or its emulator.
+    pub fn on_gpu(artifact: &Path, numerics: Numerics, options: GpuOptions) -> Group {
+        let open = || device::open().expect("a GPU, as before").gpu;
+        Group::on(open, artifact, numerics, options)
+    }
+
+    /// The same on a GPU of the test's.
+    pub fn on(
+        open: impl Fn() -> Arc<dyn Gpu> + Send + Sync + 'static,
+        artifact: &Path,
+        numerics: Numerics,
+        options: GpuOptions,
+    ) -> Group {
+        Group::of(artifact, move |opened, rank, collective| {
+            let gpu = open();
+            let ready = Ready::new(opened, gpu, rank, numerics, options).unwrap_or_else(|e| panic!("{e}"));
+            let loaded = ready.load(opened, &LoadOptions { threads: 1, ..LoadOptions::default() }, &Unwatched);
+            loaded.unwrap_or_else(|e| panic!("{e}")).0.backend(collective).into()
+        })
+    }
+
+    fn of(artifact: &Path, make: impl Fn(&Opened, u32, Box<dyn Collective>) -> Rank + Send + Sync + 'static) -> Group {
         let opened = open(artifact).unwrap_or_else(|e| panic!("{e}"));
         let tp = opened.artifact.manifest().tp;
-        let options = RankOptions { numerics, slots: 1, rows_max };
         if tp == 1 {
-            let arena = opened.artifact.load_rank(0, 2, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
-            return Group::alone(opened.backend(arena, Box::new(Alone), options).unwrap_or_else(|e| panic!("{e}")));
+            return Group::alone(make(&opened, 0, Box::new(Alone)));
         }
+        let make: Arc<Make> = Arc::new(make);
         let peers = addresses(tp);
         let (rank_0, workers) = (peers.clone(), 1..tp);
         let workers = workers.map(|rank| {
-            let (artifact, peers) = (artifact.to_owned(), peers.clone());
-            std::thread::spawn(move || match join(&artifact, rank, &peers, options) {
+            let (artifact, peers, make) = (artifact.to_owned(), peers.clone(), Arc::clone(&make));
+            std::thread::spawn(move || match join(&artifact, rank, &peers, make.as_ref()) {
                 (rank, Control::Worker(receiver)) => rank.work(receiver).unwrap_or_else(|e| panic!("{e}")),
                 (_, control) => panic!("rank {rank} got {control:?}"),
             })
         });
         let workers = workers.collect();
-        match join(artifact, 0, &rank_0, options) {
+        match join(artifact, 0, &rank_0, make.as_ref()) {
             (rank, Control::Leader(sender)) => Group { engine: Engine::new(rank, Some(sender)), workers },
             (_, control) => panic!("rank 0 got {control:?}"),
         }
     }
 
     /// One rank that is there already.
-    pub fn alone(backend: Reference) -> Group {
-        Group { engine: Engine::new(Rank::new(backend), None), workers: Vec::new() }
+    pub fn alone(rank: impl Into<Rank>) -> Group {
+        Group { engine: Engine::new(rank.into(), None), workers: Vec::new() }
     }
 
-    /// Rank 0's backend.
+    /// Rank 0's backend on the CPU.
     pub fn reference(&mut self) -> &mut Reference {
-        self.engine.rank_mut().backend_mut()
+        self.engine.rank_mut().cpu_mut().expect("a rank on the CPU")
+    }
+
+    /// Rank 0's backend on the GPU.
+    pub fn gpu(&mut self) -> &mut GpuBackend {
+        self.engine.rank_mut().gpu_mut().expect("a rank on a GPU")
     }
 
     /// Logits of every row of `tokens` in steps of `chunk` rows; with `mtp` also the draft block's.
@@ -84,13 +126,14 @@ impl Group {
         (trunk, draft)
     }
 
-    /// The trunk's logits of every row, in steps of the given sizes.
+    /// The trunk's logits of every row, in steps of the given sizes, the last repeated.
     pub fn logits_in_parts(&mut self, tokens: &[u32], parts: &[usize]) -> Mat {
-        assert_eq!(parts.iter().sum::<usize>(), tokens.len(), "parts of the whole");
         let mut out = Mat::default();
         self.run(Command::Open(0));
-        for &rows in parts {
-            let start = out.rows;
+        let mut sizes = parts.iter().chain(std::iter::repeat(parts.last().expect("a size")));
+        while out.rows < tokens.len() {
+            let (start, rows) = (out.rows, *sizes.next().expect("endless"));
+            let rows = rows.min(tokens.len() - start);
             let part = self.run(Command::Trunk(Step {
                 tokens: tokens[start..start + rows].to_vec(),
                 segments: vec![Segment { slot: 0, start: start as u32, rows: rows as u32 }],
@@ -104,7 +147,8 @@ impl Group {
         out
     }
 
-    fn run(&mut self, command: Command) -> Mat {
+    /// Runs a command on every rank.
+    pub fn run(&mut self, command: Command) -> Mat {
         self.engine.run(command).unwrap_or_else(|e| panic!("{e}"))
     }
 
@@ -117,11 +161,9 @@ impl Group {
     }
 }
 
-fn join(artifact: &Path, rank: u32, peers: &[String], options: RankOptions) -> (Rank, Control) {
+fn join(artifact: &Path, rank: u32, peers: &[String], make: &Make) -> (Rank, Control) {
     let opened = open(artifact).unwrap_or_else(|e| panic!("{e}"));
     let connected = ranks::connect(rank, peers, Token::new([7; 32]), Vec::new(), Deadlines::default());
     let Mesh { collective, control } = connected.unwrap_or_else(|e| panic!("{e}"));
-    let arena = opened.artifact.load_rank(rank, 1, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
-    let backend = opened.backend(arena, Box::new(collective), options).unwrap_or_else(|e| panic!("{e}"));
-    (Rank::new(backend), control)
+    (make(&opened, rank, Box::new(collective)), control)
 }

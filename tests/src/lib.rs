@@ -5,6 +5,8 @@
 
 pub mod artifacts;
 pub mod binaries;
+pub mod device;
+pub mod driver;
 pub mod golden;
 pub mod group;
 pub mod nano;

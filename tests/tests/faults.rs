@@ -17,7 +17,6 @@ use serde_json::Value;
 
 const USAGE: i32 = 2;
 const INPUT: i32 = 3;
-const DEVICE: i32 = 4;
 const PEER: i32 = 5;
 
 /// What "within seconds" means to these tests; two busy cores included.
@@ -170,13 +169,6 @@ fn usage_errors() {
     ] {
         run(DSV4C, &args).fails_at_the_command_line(&[words]);
     }
-}
-
-#[test]
-fn no_gpu_backend_yet() {
-    let packed = Packed::nano(1);
-    run(DSV4_RUN, [text(packed.path()), "generate", "--prompt", "a", "--backend", "cuda"])
-        .fails(DEVICE, &["--backend cuda"]);
 }
 
 /// Without a tokenizer there is no text, but there are logits.

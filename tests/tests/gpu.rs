@@ -1,33 +1,23 @@
 //! The GPU backend, on the emulator where there is no GPU, against the CPU backend, on the checkpoint of the goldens.
 
-use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
-use dsv4_kernels::collective::{Alone, Collective};
-use dsv4_kernels::device::cuda::Cuda;
-use dsv4_kernels::device::emulated::{self, Emulated};
-use dsv4_kernels::device::nvrtc::Nvrtc;
+use dsv4_kernels::collective::Alone;
 use dsv4_kernels::device::unit::Unit;
-use dsv4_kernels::device::{DeviceError, Gpu};
-use dsv4_kernels::gpu::kernels::Kernels;
-use dsv4_kernels::gpu::weights::{DeviceWeights, upload_arena};
-use dsv4_kernels::gpu::{Activation, GpuBackend, GpuError, GpuOptions, Streams};
+use dsv4_kernels::gpu::{Activation, GpuBackend, GpuOptions};
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::ops::Mat;
 use dsv4_kernels::ops::dense_gemm::native;
 use dsv4_kernels::reference::Streams as CpuStreams;
-use dsv4_kernels::tuning::Tuning;
+use dsv4_model::Model;
 use dsv4_model::forward::layer;
 use dsv4_model::ops::{Backend, Done, Segment, Site, Step};
-use dsv4_model::{Model, ModelConfig, Tp};
 use dsv4_run::load::{RankOptions, open};
-use dsv4_run::ranks::{self, Deadlines, Mesh, Token};
 use dsv4_run::step::{Command, Source};
 use dsv4_tests::artifacts::{Packed, Unwatched};
+use dsv4_tests::device::{self, packed};
 use dsv4_tests::golden::{self, distance, kl};
-use dsv4_tests::group::{Group, addresses};
-use dsv4_tests::skip;
+use dsv4_tests::group::Group;
 
 /// Largest difference of float logits between the backends.
 const LOGITS_MAX: f64 = 1e-4;
@@ -38,125 +28,13 @@ const KL_MEAN: f64 = 0.03;
 
 const OPTIONS: GpuOptions = GpuOptions { slots: 2, context: 512, rows_max: 64, solo: false, graphs: true };
 
-/// The GPU of this machine, or the emulator; says so where neither can be.
-fn device() -> Option<Arc<dyn Gpu>> {
-    match Cuda::open(0) {
-        Ok(gpu) => Some(gpu),
-        Err(_) if Emulated::is_possible() => Some(Emulated::open()),
-        Err(error) => {
-            skip(&format!("no emulator (it needs x86-64 and a C++ compiler), and {error}"));
-            None
-        }
-    }
-}
-
 fn can_run() -> bool {
-    device().is_some()
+    device::open().is_some()
 }
 
-fn kernels(gpu: &dyn Gpu, config: &ModelConfig, tp: Tp, numerics: Numerics) -> Result<Kernels, DeviceError> {
-    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
-    let tuning = Tuning::for_arch(&gpu.facts().arch());
-    if gpu.facts().capability == (0, 0) {
-        return Kernels::emulated(gpu, config, tp, numerics, &tuning, &built.join("emulated"));
-    }
-    Kernels::compiled(gpu, config, tp, numerics, &tuning, &Nvrtc::open(&built.join("nvrtc"))?)
-}
-
-/// A rank on a GPU.
-fn rank_of(artifact: &Path, collective: Box<dyn Collective>, numerics: Numerics, options: GpuOptions) -> GpuBackend {
-    rank_with(artifact, collective, numerics, options, |gpu, config, tp| kernels(gpu, config, tp, numerics))
-}
-
-/// The same with other kernels.
-fn rank_with(
-    artifact: &Path,
-    collective: Box<dyn Collective>,
-    numerics: Numerics,
-    options: GpuOptions,
-    kernels: impl FnOnce(&dyn Gpu, &ModelConfig, Tp) -> Result<Kernels, DeviceError>,
-) -> GpuBackend {
-    let opened = open(artifact).unwrap_or_else(|e| panic!("{e}"));
-    let config = opened.config.clone();
-    let tp = Tp::new(collective.rank(), opened.artifact.manifest().tp).unwrap();
-    let arena = opened.artifact.load_rank(tp.rank(), 1, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
-    let layout = Arc::clone(opened.artifact.layout(tp.rank()).unwrap());
-    let place = |name: &str| {
-        let place = layout.tensor(name)?;
-        Some(place.arena_offset as usize..(place.arena_offset + place.len) as usize)
-    };
-    let gpu = device().expect("a GPU, as before");
-    let arena = upload_arena(&gpu, &arena).unwrap();
-    let weights = DeviceWeights::new(&gpu, &config, tp, arena, place).unwrap_or_else(|e| panic!("{e}"));
-    let kernels = kernels(gpu.as_ref(), &config, tp).unwrap_or_else(|e| panic!("{e}"));
-    GpuBackend::new(gpu, config, tp, numerics, weights, kernels, collective, options).unwrap()
-}
-
-/// A backend and the streams of its last steps: what `dsv4_run::step::Rank` is for the CPU.
-struct Rank {
-    model: Model,
-    backend: GpuBackend,
-    trunk: Option<Streams>,
-    draft: Option<Streams>,
-}
-
-impl Rank {
-    fn new(backend: GpuBackend) -> Rank {
-        Rank { model: Model::new(backend.config()), backend, trunk: None, draft: None }
-    }
-
-    fn alone(packed: &Packed, numerics: Numerics) -> Rank {
-        Rank::new(rank_of(packed.path(), Box::new(Alone), numerics, OPTIONS))
-    }
-
-    fn run(&mut self, command: Command) -> Result<Mat, GpuError> {
-        let b = &mut self.backend;
-        match command {
-            Command::Open(slot) => b.open(slot)?,
-            Command::Close(slot) => b.close(slot)?,
-            Command::Trunk(step) => {
-                let wanted = !step.logits.is_empty();
-                b.begin(step, None)?;
-                let h = self.trunk.insert(self.model.trunk(b)?);
-                if wanted {
-                    return self.model.logits(b, h);
-                }
-                b.finish()?;
-            }
-            Command::Draft(step, source) => {
-                let wanted = !step.logits.is_empty();
-                let from = if source == Source::Trunk { self.trunk } else { self.draft };
-                let from = from.expect("a step that this continues");
-                b.begin(step, Some(&from))?;
-                let h = self.draft.insert(self.model.mtp(b, &from)?);
-                if wanted {
-                    return self.model.mtp_logits(b, h);
-                }
-                b.finish()?;
-            }
-        }
-        Ok(Mat::default())
-    }
-
-    /// Logits of every row of `tokens` in steps of the given sizes, the last repeated.
-    fn logits(&mut self, slot: u32, tokens: &[u32], parts: &[usize]) -> Mat {
-        self.run(Command::Open(slot)).unwrap();
-        let mut out = Mat::default();
-        let mut sizes = parts.iter().chain(std::iter::repeat(parts.last().expect("a size")));
-        while out.rows < tokens.len() {
-            let (start, rows) = (out.rows, *sizes.next().expect("endless"));
-            let rows = rows.min(tokens.len() - start);
-            let part = self.run(Command::Trunk(all_of(slot, start, &tokens[start..start + rows]))).unwrap();
-            append(&mut out, part);
-        }
-        self.run(Command::Close(slot)).unwrap();
-        out
-    }
-}
-
-fn append(out: &mut Mat, part: Mat) {
-    (out.rows, out.cols) = (out.rows + part.rows, part.cols);
-    out.data.extend(part.data);
+/// All ranks of a packed checkpoint.
+fn group(packed: &Packed, numerics: Numerics) -> Group {
+    Group::on_gpu(packed.path(), numerics, OPTIONS)
 }
 
 /// A step of one sequence that wants all its rows' logits.
@@ -214,13 +92,13 @@ fn float_logits_are_those_of_the_cpu() {
         return;
     }
     let mut clock = Clock::start();
-    let packed = Packed::tiny(1);
+    let art = packed("tiny", 1);
     let tokens = golden::prompt("mid");
-    let mut rank = Rank::alone(&packed, Numerics::Float);
+    let mut rank = group(&art, Numerics::Float);
     clock.lap("ready");
-    let expected = reference(&packed, Numerics::Float, 140).logits_in_parts(&tokens, &[tokens.len()]);
+    let expected = reference(&art, Numerics::Float, 140).logits_in_parts(&tokens, &[tokens.len()]);
     clock.lap("CPU");
-    let found = rank.logits(0, &tokens, &PARTS);
+    let found = rank.logits_in_parts(&tokens, &PARTS);
     clock.lap("GPU");
     close("float", &found, &expected, LOGITS_MAX);
 }
@@ -231,13 +109,13 @@ fn published_logits_diverge_no_more_than_those_of_the_cpu() {
         return;
     }
     let mut clock = Clock::start();
-    let packed = Packed::tiny(1);
+    let art = packed("tiny", 1);
     let tokens = golden::prompt("mid");
-    let mut rank = Rank::alone(&packed, Numerics::Published);
+    let mut rank = group(&art, Numerics::Published);
     clock.lap("ready");
-    let cpu = reference(&packed, Numerics::Published, 140).logits_in_parts(&tokens, &[tokens.len()]);
+    let cpu = reference(&art, Numerics::Published, 140).logits_in_parts(&tokens, &[tokens.len()]);
     clock.lap("CPU");
-    let gpu = rank.logits(1, &tokens, &PARTS);
+    let gpu = rank.logits_in_parts(&tokens, &PARTS);
     clock.lap("GPU");
     println!("against the CPU: KL mean {:.4}", mean_kl(&gpu, &cpu));
     for file in ["logits_float.safetensors", "logits_serve.safetensors"] {
@@ -257,9 +135,10 @@ fn published_layer_by_layer() {
     }
     let mut clock = Clock::start();
     let golden = golden::tensors("layer_io_serve.safetensors");
-    let packed = Packed::tiny(1);
+    let art = packed("tiny", 1);
     let tokens = golden::prompt("mid");
-    let mut b = rank_of(packed.path(), Box::new(Alone), Numerics::Published, OPTIONS);
+    let mut group = group(&art, Numerics::Published);
+    let b = group.gpu();
     let model = Model::new(b.config());
     clock.lap("ready");
     let layers = model.layers().len();
@@ -274,7 +153,7 @@ fn published_layer_by_layer() {
             b.begin(Step { logits: vec![], ..all_of(0, start, &tokens[start..start + rows]) }, None).unwrap();
             b.finish().unwrap();
             let mut h = b.set_streams(&Mat { rows, cols: from.cols(), data: part.to_vec() }).unwrap();
-            let done = layer(&mut b, spec, &mut h, None).unwrap();
+            let done = layer(b, spec, &mut h, None).unwrap();
             b.hc_finish(&mut h, done).unwrap();
             found.extend(b.streams(&h).unwrap().data);
         }
@@ -293,14 +172,14 @@ fn nano_is_that_of_the_cpu() {
         return;
     }
     let mut clock = Clock::start();
-    let packed = Packed::nano(1);
+    let art = packed("nano", 1);
     let tokens: Vec<u32> = (0..26u32).map(|i| 2 + (i * i * 7 + i * 13) % 2039).collect();
     for numerics in [Numerics::Float, Numerics::Published] {
-        let mut rank = Rank::alone(&packed, numerics);
+        let mut rank = group(&art, numerics);
         clock.lap("ready");
-        let found = rank.logits(0, &tokens, &[19, 6, 1]);
+        let found = rank.logits_in_parts(&tokens, &[19, 6, 1]);
         clock.lap("GPU");
-        let expected = reference(&packed, numerics, 26).logits_in_parts(&tokens, &[26]);
+        let expected = reference(&art, numerics, 26).logits_in_parts(&tokens, &[26]);
         let divergence = mean_kl(&found, &expected);
         println!("{} against the CPU: KL mean {divergence:.1e}", numerics.name());
         let bound = if numerics == Numerics::Float { 1e-8 } else { KL_MEAN };
@@ -319,30 +198,27 @@ fn broken(unit: &Unit) -> Unit {
 /// the same rank are broken: every quantised product is a block-scaled one.
 #[test]
 fn block_scaled_products_are_the_portable_ones() {
-    if device().is_none_or(|gpu| gpu.facts().capability != (0, 0)) {
+    if !can_run() || device::is_real() {
         return;
     }
     let mut clock = Clock::start();
     let tokens = &golden::prompt("mid")[..93];
-    for packed in [Packed::tiny(1), Packed::nano(1)] {
-        let numerics = Numerics::Published;
-        let b = rank_with(packed.path(), Box::new(Alone), numerics, OPTIONS, |gpu, config, tp| {
-            let tuning = Tuning::for_arch(native::ARCH);
-            let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/emulated");
-            Kernels::walk(config, tp, numerics, &tuning, |unit| {
-                let unit = broken(unit);
-                unit.load(gpu, &emulated::compile(&unit, &built)?)
-            })
-        });
-        b.verdicts().iter().for_each(|v| println!("{v}"));
-        assert_eq!(b.verdicts().len(), 2);
-        assert!(b.verdicts().iter().all(|v| v.accepted()));
-        assert!(b.verdicts()[0].portable > 0.1, "broken");
-        let found = Rank::new(b).logits(0, tokens, &[64, 29]);
+    for checkpoint in ["tiny", "nano"] {
+        let portable = packed(checkpoint, 1);
+        let (kernels, tuning) = device::kernels_for(&portable, 1, native::ARCH, broken);
+        let packed = portable.with_kernels(native::ARCH, &kernels, Some(&tuning));
+        let gpu = || device::emulator_as((12, 1)).gpu;
+        let mut rank = Group::on(gpu, packed.path(), Numerics::Published, OPTIONS);
+        let verdicts = rank.gpu().verdicts();
+        verdicts.iter().for_each(|v| println!("{v}"));
+        assert_eq!(verdicts.len(), 2);
+        assert!(verdicts.iter().all(|v| v.accepted()));
+        assert!(verdicts[0].portable > 0.1, "broken");
+        let found = rank.logits_in_parts(tokens, &[64, 29]);
         clock.lap("block-scaled");
-        let mut portable = Rank::alone(&packed, numerics);
-        assert!(portable.backend.verdicts().is_empty());
-        let expected = portable.logits(0, tokens, &[64, 29]);
+        let mut rank = group(&portable, Numerics::Published);
+        assert!(rank.gpu().verdicts().is_empty());
+        let expected = rank.logits_in_parts(tokens, &[64, 29]);
         clock.lap("portable");
         let divergence = mean_kl(&found, &expected);
         println!("KL mean {divergence:.1e}, the same bits: {}", found == expected);
@@ -382,14 +258,14 @@ fn sequences_and_drafts() {
         return;
     }
     let mut clock = Clock::start();
-    let packed = Packed::tiny(1);
+    let art = packed("tiny", 1);
     let tokens = golden::prompt("mid");
     for numerics in [Numerics::Float, Numerics::Published] {
-        let (mut rank, mut cpu) = (Rank::alone(&packed, numerics), reference(&packed, numerics, 64));
+        let (mut rank, mut cpu) = (group(&art, numerics), reference(&art, numerics, 64));
         clock.lap("ready");
         let (mut divergence, mut rows) = (0.0, 0);
         for (i, command) in stories(&tokens).into_iter().enumerate() {
-            let found = rank.run(command.clone()).unwrap();
+            let found = rank.run(command.clone());
             let expected = cpu.engine.run(command).unwrap();
             if numerics == Numerics::Float {
                 close(&format!("command {i}"), &found, &expected, LOGITS_MAX);
@@ -411,30 +287,30 @@ fn a_row_does_not_depend_on_its_step() {
         return;
     }
     let mut clock = Clock::start();
-    let packed = Packed::tiny(1);
+    let art = packed("tiny", 1);
     let tokens = &golden::prompt("mid")[..14];
     for numerics in [Numerics::Float, Numerics::Published] {
-        let mut rank = Rank::alone(&packed, numerics);
+        let mut rank = group(&art, numerics);
         clock.lap("ready");
-        let alone = rank.logits(0, tokens, &[1]);
-        assert!(rank.backend.stats().replayed, "steps alike are replayed");
-        rank.backend.set_graphs(false);
-        assert!(rank.logits(0, tokens, &[14]) == alone, "{}: 14 rows", numerics.name());
-        assert!(!rank.backend.stats().replayed);
-        rank.backend.set_graphs(true);
-        assert!(rank.logits(1, tokens, &[2, 3, 9]) == alone, "{}: 2 to 9 rows", numerics.name());
-        // Beside another sequence.
-        rank.run(Command::Open(0)).unwrap();
-        rank.run(Command::Open(1)).unwrap();
+        let alone = rank.logits_in_parts(tokens, &[1]);
+        assert!(rank.gpu().stats().replayed, "steps alike are replayed");
+        rank.gpu().set_graphs(false);
+        assert!(rank.logits_in_parts(tokens, &[14]) == alone, "{}: 14 rows", numerics.name());
+        assert!(!rank.gpu().stats().replayed);
+        rank.gpu().set_graphs(true);
+        assert!(rank.logits_in_parts(tokens, &[2, 3, 9]) == alone, "{}: 2 to 9 rows", numerics.name());
+        // Beside another sequence, in the other slot.
+        rank.run(Command::Open(0));
+        rank.run(Command::Open(1));
         let mut beside = Mat::default();
         for start in (0..12).step_by(3) {
-            let other = Segment { slot: 1, start: start as u32 / 3 * 5, rows: 5 };
-            let own = Segment { slot: 0, start: start as u32, rows: 3 };
+            let other = Segment { slot: 0, start: start as u32 / 3 * 5, rows: 5 };
+            let own = Segment { slot: 1, start: start as u32, rows: 3 };
             let mut step = Step { segments: vec![other, own], ..Step::default() };
             step.tokens = golden::prompt("mid")[40 + start..45 + start].to_vec();
             step.tokens.extend(&tokens[start..start + 3]);
             step.logits = vec![5, 6, 7];
-            append(&mut beside, rank.run(Command::Trunk(step)).unwrap());
+            beside.data.extend(rank.run(Command::Trunk(step)).data);
         }
         assert!(beside.data == alone.data[..beside.data.len()], "{}: beside another", numerics.name());
         clock.lap("GPU");
@@ -449,23 +325,12 @@ fn two_ranks() {
     }
     let mut clock = Clock::start();
     let tokens = golden::prompt("mid")[..21].to_vec();
-    let alone = Packed::tiny(1);
-    let packed = Packed::tiny(2);
+    let alone = packed("tiny", 1);
+    let art = packed("tiny", 2);
     for numerics in [Numerics::Float, Numerics::Published] {
-        let peers = addresses(2);
-        let run = |rank: u32| {
-            let connected = ranks::connect(rank, &peers, Token::new([7; 32]), Vec::new(), Deadlines::default());
-            let Mesh { collective, control } = connected.unwrap_or_else(|e| panic!("{e}"));
-            let mut rank = Rank::new(rank_of(packed.path(), Box::new(collective), numerics, OPTIONS));
-            let found = rank_logits(&mut rank, &tokens);
-            drop(control);
-            found
-        };
-        let (found, nothing) = std::thread::scope(|scope| {
-            let other = scope.spawn(|| run(1));
-            (run(0), other.join().unwrap())
-        });
-        assert_eq!(nothing, Mat::default(), "only rank 0 has logits");
+        let mut both = group(&art, numerics);
+        let found = both.logits_in_parts(&tokens, &[17, 3, 1]);
+        both.finish();
         clock.lap("GPU");
         let expected = reference(&alone, numerics, 21).logits_in_parts(&tokens, &[21]);
         match numerics {
@@ -479,28 +344,15 @@ fn two_ranks() {
     }
 }
 
-/// Logits of every row; nothing on ranks other than 0.
-fn rank_logits(rank: &mut Rank, tokens: &[u32]) -> Mat {
-    rank.run(Command::Open(0)).unwrap();
-    let mut out = Mat::default();
-    let mut start = 0;
-    for rows in [17, 3, 1] {
-        let part = rank.run(Command::Trunk(all_of(0, start, &tokens[start..start + rows]))).unwrap();
-        append(&mut out, part);
-        start += rows;
-    }
-    out
-}
-
 #[test]
 fn steps_that_cannot_be_run_are_refused() {
     if !can_run() {
         return;
     }
-    let packed = Packed::tiny(1);
-    let mut rank = Rank::alone(&packed, Numerics::Published);
+    let art = packed("tiny", 1);
+    let mut group = group(&art, Numerics::Published);
     let tokens = golden::prompt("mid");
-    let b = &mut rank.backend;
+    let b = group.gpu();
     let refuses = |b: &mut GpuBackend, step: Step, words: &str| {
         let text = b.begin(step, None).expect_err(words).to_string();
         println!("{text}");
@@ -547,12 +399,13 @@ fn published_operations_are_those_of_the_cpu() {
         return;
     }
     let golden = golden::tensors("layer_io_serve.safetensors");
-    let packed = Packed::tiny(1);
+    let art = packed("tiny", 1);
     let tokens = golden::prompt("mid");
-    let mut gpu = rank_of(packed.path(), Box::new(Alone), Numerics::Published, OPTIONS);
+    let mut group = group(&art, Numerics::Published);
+    let gpu = group.gpu();
     gpu.set_graphs(false);
-    let mut group = reference(&packed, Numerics::Published, 64);
-    let cpu = group.reference();
+    let mut on_cpu = reference(&art, Numerics::Published, 64);
+    let cpu = on_cpu.reference();
     let model = Model::new(gpu.config());
     // What is equal, at least, and the mean difference as a part of the mean, at most.
     let same = |gpu: &GpuBackend, what: &str, x: &Activation, expected: &Mat, (equal, relative): (f64, f64)| {
@@ -582,36 +435,36 @@ fn published_operations_are_those_of_the_cpu() {
         let (mut h, mut h_cpu) = (gpu.set_streams(&streams).unwrap(), CpuStreams(streams));
         let (x, mix) = gpu.hc_site(&mut h, None, spec, Site::Attn).unwrap();
         let (x_cpu, mix_cpu) = cpu.hc_site(&mut h_cpu, None, spec, Site::Attn).unwrap();
-        same(&gpu, &at("attention input"), &x, &x_cpu, SUMS);
+        same(gpu, &at("attention input"), &x, &x_cpu, SUMS);
         let (inputs, inputs_cpu) = (gpu.attn_inputs(&x, spec).unwrap(), cpu.attn_inputs(&x_cpu, spec).unwrap());
-        same(&gpu, &at("low-rank query"), &inputs.main, &inputs_cpu.main, SUMS);
+        same(gpu, &at("low-rank query"), &inputs.main, &inputs_cpu.main, SUMS);
         let queries = gpu.attn_queries(&inputs.main, spec).unwrap();
         let queries_cpu = cpu.attn_queries(&inputs_cpu.main, spec).unwrap();
-        same(&gpu, &at("queries"), &queries.main, &queries_cpu.main, SUMS);
+        same(gpu, &at("queries"), &queries.main, &queries_cpu.main, SUMS);
         let (mut selected, mut selected_cpu) = (None, None);
         if let (Some(q), Some(q_cpu)) = (&queries.index, &queries_cpu.index) {
-            same(&gpu, &at("index queries"), q, q_cpu, SUMS);
+            same(gpu, &at("index queries"), q, q_cpu, SUMS);
             let (w, w_cpu) = (inputs.index.unwrap(), inputs_cpu.index.as_ref().unwrap());
             selected = Some(gpu.index_select(q, &w, spec).unwrap());
             selected_cpu = Some(cpu.index_select(q_cpu, w_cpu, spec).unwrap());
         }
         let o = gpu.attend(&queries.main, selected.as_ref(), spec).unwrap();
         let o_cpu = cpu.attend(&queries_cpu.main, selected_cpu.as_ref(), spec).unwrap();
-        same(&gpu, &at("attention"), &o, &o_cpu, ATTENTION);
+        same(gpu, &at("attention"), &o, &o_cpu, ATTENTION);
         let y = gpu.attn_output(&o, spec).unwrap();
         let y = gpu.all_reduce(y).unwrap();
         let y_cpu = cpu.attn_output(&o_cpu, spec).unwrap();
         let y_cpu = cpu.all_reduce(y_cpu).unwrap();
-        same(&gpu, &at("attention output"), &y, &y_cpu, EXPERTS);
+        same(gpu, &at("attention output"), &y, &y_cpu, EXPERTS);
         let (x, mix) = gpu.hc_site(&mut h, Some(Done { y, mix }), spec, Site::Ffn).unwrap();
         let (x_cpu, mix_cpu) = cpu.hc_site(&mut h_cpu, Some(Done { y: y_cpu, mix: mix_cpu }), spec, Site::Ffn).unwrap();
-        same(&gpu, &at("experts' input"), &x, &x_cpu, SUMS);
+        same(gpu, &at("experts' input"), &x, &x_cpu, SUMS);
         let (routing, routing_cpu) = (gpu.route(&x, spec).unwrap(), cpu.route(&x_cpu, spec).unwrap());
         let y = gpu.experts(&x, &routing, spec).unwrap();
         let y = gpu.all_reduce(y).unwrap();
         let y_cpu = cpu.experts(&x_cpu, &routing_cpu, spec).unwrap();
         let y_cpu = cpu.all_reduce(y_cpu).unwrap();
-        same(&gpu, &at("experts"), &y, &y_cpu, EXPERTS);
+        same(gpu, &at("experts"), &y, &y_cpu, EXPERTS);
         gpu.hc_finish(&mut h, Done { y, mix }).unwrap();
         cpu.hc_finish(&mut h_cpu, Done { y: y_cpu, mix: mix_cpu }).unwrap();
         let d = distance(&gpu.streams(&h).unwrap().data, &h_cpu.0.data);

@@ -16,7 +16,7 @@ use cudarc::driver::sys::{
 
 use crate::device::args::ARGS_BYTES_MAX;
 use crate::device::unit::Image;
-use crate::device::{DeviceError, Facts, Gpu, Graph, Kernel, Launch, Mark};
+use crate::device::{DeviceError, DeviceMemory, Facts, Gpu, Graph, HostMemory, Kernel, Launch, Mark};
 
 /// The oldest driver whose cubin loader knows what NVRTC 13 writes (CUDA 13.0).
 const DRIVER_MIN: i32 = 13_000;
@@ -44,7 +44,11 @@ struct Handles {
     /// Those that wait by themselves for what is ahead of them.
     early: HashSet<Kernel>,
     graphs: Vec<sys::CUgraphExec>,
-    marks: Vec<sys::CUevent>,
+    events: Vec<sys::CUevent>,
+    /// How many of the events are marks; the rest were.
+    marks: usize,
+    /// Launches are being recorded.
+    recording: bool,
 }
 
 // SAFETY: the driver's handles may be used from any thread whose current context is theirs; every call here makes
@@ -71,28 +75,45 @@ fn failed(call: &'static str) -> impl Fn(DriverError) -> DeviceError {
     }
 }
 
+/// Starts the driver; how many GPUs it shows.
+fn init(ordinal: u32) -> Result<u32, DeviceError> {
+    // SAFETY: only looks whether the library is there.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(DeviceError::NoDriver);
+    }
+    let mut version = 0;
+    // SAFETY: writes one integer; needs no driver that was started.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(failed("cuDriverGetVersion"))?;
+    if version < DRIVER_MIN {
+        let text = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
+        return Err(DeviceError::OldDriver { expected: text(DRIVER_MIN), found: text(version) });
+    }
+    match result::init() {
+        Err(e) if e.0 == CUresult::CUDA_ERROR_NO_DEVICE => {
+            return Err(DeviceError::NoGpu { ordinal, found: "none that the driver sees".into() });
+        }
+        other => other.map_err(failed("cuInit"))?,
+    }
+    let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
+    Ok(u32::try_from(count).unwrap_or(0))
+}
+
 impl Cuda {
+    /// How many GPUs there are. Errors: [`DeviceError::NoDriver`], a driver that is too old, none.
+    pub fn count() -> Result<u32, DeviceError> {
+        init(0)
+    }
+
     /// The GPU of number `ordinal`.
     ///
     /// Errors: [`DeviceError::NoDriver`], a driver that is too old, no such GPU.
-    pub fn open(ordinal: i32) -> Result<Arc<dyn Gpu>, DeviceError> {
-        // SAFETY: only looks whether the library is there.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(DeviceError::NoDriver);
+    pub fn open(ordinal: u32) -> Result<Arc<dyn Gpu>, DeviceError> {
+        let count = init(ordinal)?;
+        if ordinal >= count {
+            let found = format!("{count} GPUs, numbered from 0");
+            return Err(DeviceError::NoGpu { ordinal, found });
         }
-        result::init().map_err(failed("cuInit"))?;
-        let mut version = 0;
-        // SAFETY: writes one integer.
-        unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(failed("cuDriverGetVersion"))?;
-        if version < DRIVER_MIN {
-            let found = format!("it supports CUDA {}.{}, 13.0 is needed", version / 1000, version % 1000 / 10);
-            return Err(DeviceError::Driver {
-                call: "cuDriverGetVersion",
-                reason: found,
-                help: "install driver 580 or newer",
-            });
-        }
-        let device = result::device::get(ordinal).map_err(failed("cuDeviceGet"))?;
+        let device = result::device::get(ordinal as i32).map_err(failed("cuDeviceGet"))?;
         let attribute = |which| {
             // SAFETY: the device is valid.
             unsafe { result::device::get_attribute(device, which) }.map_err(failed("cuDeviceGetAttribute"))
@@ -267,11 +288,13 @@ impl Gpu for Cuda {
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives until drop.
         unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed("cuStreamBeginCapture"))?;
+        self.handles().recording = true;
         Ok(true)
     }
 
     fn end_capture(&self) -> Result<Graph, DeviceError> {
         self.enter()?;
+        self.handles().recording = false;
         // SAFETY: a capture was begun on this stream.
         let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(failed("cuStreamEndCapture"))?;
         // SAFETY: the graph is whole; what is instantiated no longer needs it.
@@ -292,21 +315,126 @@ impl Gpu for Cuda {
 
     fn mark(&self) -> Result<Mark, DeviceError> {
         self.enter()?;
-        let event =
-            result::event::create(sys::CUevent_flags_enum::CU_EVENT_DEFAULT).map_err(failed("cuEventCreate"))?;
-        // SAFETY: the event was just made.
-        unsafe { result::event::record(event, self.stream) }.map_err(failed("cuEventRecord"))?;
         let mut handles = self.handles();
-        handles.marks.push(event);
-        Ok(Mark(handles.marks.len() - 1))
+        if handles.marks == handles.events.len() {
+            let event =
+                result::event::create(sys::CUevent_flags_enum::CU_EVENT_DEFAULT).map_err(failed("cuEventCreate"))?;
+            handles.events.push(event);
+        }
+        let event = handles.events[handles.marks];
+        // In a recording the event is recorded whenever that is replayed, and not an edge between its launches.
+        let flags = match handles.recording {
+            true => sys::CUevent_record_flags_enum::CU_EVENT_RECORD_EXTERNAL,
+            false => sys::CUevent_record_flags_enum::CU_EVENT_RECORD_DEFAULT,
+        };
+        // SAFETY: event and stream live until drop.
+        unsafe { sys::cuEventRecordWithFlags(event, self.stream, flags as u32) }
+            .result()
+            .map_err(failed("cuEventRecordWithFlags"))?;
+        handles.marks += 1;
+        Ok(Mark(handles.marks - 1))
     }
 
     fn seconds_between(&self, from: Mark, to: Mark) -> Result<f64, DeviceError> {
         self.sync()?;
         let handles = self.handles();
         // SAFETY: both events are kept until drop and were recorded.
-        let ms = unsafe { result::event::elapsed(handles.marks[from.0], handles.marks[to.0]) };
+        let ms = unsafe { result::event::elapsed(handles.events[from.0], handles.events[to.0]) };
         Ok(f64::from(ms.map_err(failed("cuEventElapsedTime"))?) / 1e3)
+    }
+
+    fn forget_marks(&self) {
+        self.handles().marks = 0;
+    }
+
+    fn memory(&self) -> Result<DeviceMemory, DeviceError> {
+        self.enter()?;
+        let (free, total) = result::mem_get_info().map_err(failed("cuMemGetInfo"))?;
+        // SAFETY: the device is valid.
+        let integrated =
+            unsafe { result::device::get_attribute(self.device, Attribute::CU_DEVICE_ATTRIBUTE_INTEGRATED) };
+        let unified = integrated.map_err(failed("cuDeviceGetAttribute"))? != 0;
+        Ok(DeviceMemory { total: total as u64, free: free as u64, unified })
+    }
+
+    fn host(&self, bytes: usize) -> Result<HostMemory, DeviceError> {
+        let memory = HostMemory::plain(bytes)?;
+        let pin = Pin::new(self.device, self.context, &memory)?;
+        Ok(memory.pinned(pin))
+    }
+
+    fn send(&self, from: &HostMemory, len: usize, to: u64) -> Result<(), DeviceError> {
+        let Some(pin) = from.pin() else { return self.write(to, &from[..len]) };
+        self.enter()?;
+        // SAFETY: the memory is pinned, and its owner leaves it as it is until `is_sent`; dropping it waits.
+        unsafe { result::memcpy_htod_async(to, &from[..len], self.stream) }.map_err(failed("cuMemcpyHtoDAsync"))?;
+        // SAFETY: the event lives as long as the memory.
+        unsafe { result::event::record(pin.event, self.stream) }.map_err(failed("cuEventRecord"))
+    }
+
+    fn is_sent(&self, from: &HostMemory, wait: bool) -> Result<bool, DeviceError> {
+        let Some(pin) = from.pin() else { return Ok(true) };
+        self.enter()?;
+        pin.is_passed(wait)
+    }
+}
+
+/// The driver's side of [`HostMemory`]: pinned, with an event behind the last copy from it.
+pub struct Pin {
+    at: *mut c_void,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    event: sys::CUevent,
+}
+
+// SAFETY: the driver's handles may be used from any thread whose current context is theirs.
+unsafe impl Send for Pin {}
+
+impl Pin {
+    /// Pins `memory`, which has to outlive it.
+    fn new(device: sys::CUdevice, context: sys::CUcontext, memory: &HostMemory) -> Result<Pin, DeviceError> {
+        let refused = |e: DriverError| DeviceError::HostMemory { bytes: memory.len() as u64, reason: e.to_string() };
+        // A context of its own: the memory may outlive whoever made it.
+        // SAFETY: the device is valid; released on drop.
+        unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        let mut pin = Pin { at: std::ptr::null_mut(), device, context, event: std::ptr::null_mut() };
+        // SAFETY: retained above.
+        unsafe { result::ctx::set_current(context) }.map_err(failed("cuCtxSetCurrent"))?;
+        pin.event =
+            result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING).map_err(failed("cuEventCreate"))?;
+        let at: *mut c_void = memory.as_ptr().cast_mut().cast();
+        // SAFETY: the memory is the caller's, at a page boundary, and pinned once.
+        unsafe { sys::cuMemHostRegister_v2(at, memory.len(), sys::CU_MEMHOSTREGISTER_PORTABLE) }
+            .result()
+            .map_err(refused)?;
+        pin.at = at;
+        Ok(pin)
+    }
+
+    fn is_passed(&self, wait: bool) -> Result<bool, DeviceError> {
+        // SAFETY: the event lives until drop; one that was never recorded has passed.
+        match unsafe { if wait { result::event::synchronize(self.event) } else { result::event::query(self.event) } } {
+            Ok(()) => Ok(true),
+            Err(e) if e.0 == CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            Err(e) => Err(failed("cuEventQuery")(e)),
+        }
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        // SAFETY: everything is given back once, after the last copy is done; errors have nowhere to go.
+        unsafe {
+            let _ = result::ctx::set_current(self.context);
+            if !self.event.is_null() {
+                let _ = result::event::synchronize(self.event);
+                let _ = result::event::destroy(self.event);
+            }
+            if !self.at.is_null() {
+                let _ = sys::cuMemHostUnregister(self.at);
+            }
+            let _ = sys::cuDevicePrimaryCtxRelease_v2(self.device);
+        }
     }
 }
 
@@ -322,8 +450,8 @@ impl Drop for Cuda {
             for graph in handles.graphs {
                 let _ = result::graph::exec_destroy(graph);
             }
-            for mark in handles.marks {
-                let _ = result::event::destroy(mark);
+            for event in handles.events {
+                let _ = result::event::destroy(event);
             }
             for module in handles.modules {
                 let _ = result::module::unload(module);

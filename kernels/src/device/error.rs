@@ -10,6 +10,26 @@ pub enum DeviceError {
         "no CUDA driver (libcuda.so.1) on this machine: expected one, found none\n  help: install the NVIDIA driver, or run with --backend cpu"
     )]
     NoDriver,
+    /// A driver that does not know what the kernels are compiled with.
+    #[error(
+        "CUDA driver: expected one for CUDA {expected}, found one for CUDA {found}\n  help: install NVIDIA driver 580 or newer, or run with --backend cpu"
+    )]
+    OldDriver {
+        /// The oldest that will do.
+        expected: String,
+        /// What it supports.
+        found: String,
+    },
+    /// No such GPU.
+    #[error(
+        "GPU {ordinal}: expected a GPU of this number, found {found}\n  help: check nvidia-smi and CUDA_VISIBLE_DEVICES, or run with --backend cpu"
+    )]
+    NoGpu {
+        /// Which was asked for, from 0.
+        ordinal: u32,
+        /// How many there are, or why none is seen.
+        found: String,
+    },
     /// A call of the driver failed.
     #[error("GPU: {call}: {reason}\n  help: {help}")]
     Driver {
@@ -28,6 +48,16 @@ pub enum DeviceError {
         /// How many were asked for.
         bytes: u64,
         /// What the driver says.
+        reason: String,
+    },
+    /// Host memory that the GPU copies from is not to be had.
+    #[error(
+        "{bytes} bytes of memory for copies to the GPU are not available: {reason}\n  help: stop other programs, and raise the limit on locked memory (ulimit -l unlimited)"
+    )]
+    HostMemory {
+        /// How many were asked for.
+        bytes: u64,
+        /// What the system or the driver says.
         reason: String,
     },
     /// A kernel is not in its image.

@@ -9,6 +9,7 @@ pub mod args;
 pub mod cuda;
 pub mod emulated;
 pub mod error;
+pub mod host;
 pub mod nvrtc;
 pub mod rows;
 #[cfg(test)]
@@ -19,6 +20,7 @@ use std::sync::Arc;
 
 pub use args::{In, KernelArgs, Out};
 pub use error::DeviceError;
+pub use host::HostMemory;
 
 /// What a GPU is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,8 +43,21 @@ impl Facts {
     /// What its kernels are compiled for, as compilers name it: `sm_121a`.
     pub fn arch(&self) -> String {
         let (major, minor) = self.capability;
-        format!("sm_{major}{minor}a")
+        // What only one architecture has came with 9.0.
+        let own = if (1..9).contains(&major) { "" } else { "a" };
+        format!("sm_{major}{minor}{own}")
     }
+}
+
+/// Memory of a GPU, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// All of it.
+    pub total: u64,
+    /// What its driver calls free; of little worth where it is unified.
+    pub free: u64,
+    /// It is the machine's memory, and programs and the page cache live in it too.
+    pub unified: bool,
 }
 
 /// Shape of a launch.
@@ -116,6 +131,27 @@ pub trait Gpu: Send + Sync {
     fn mark(&self) -> Result<Mark, DeviceError>;
     /// Time between two marks; waits for everything launched so far.
     fn seconds_between(&self, from: Mark, to: Mark) -> Result<f64, DeviceError>;
+    /// Marks made so far mean nothing from here on; nor does a recording that has some in it.
+    fn forget_marks(&self) {}
+    /// How much memory there is now.
+    fn memory(&self) -> Result<DeviceMemory, DeviceError> {
+        let total = self.facts().memory_bytes;
+        Ok(DeviceMemory { total, free: total, unified: false })
+    }
+    /// Host memory of `bytes` bytes that [`Gpu::send`] copies from. Errors: none left, or none may be pinned.
+    fn host(&self, bytes: usize) -> Result<HostMemory, DeviceError> {
+        HostMemory::plain(bytes)
+    }
+    /// Starts copying the first `len` bytes of `from` to the device; they stay as they are until it
+    /// [is done](Gpu::is_sent). `from` is of this GPU's [`Gpu::host`].
+    fn send(&self, from: &HostMemory, len: usize, to: u64) -> Result<(), DeviceError> {
+        self.write(to, &from[..len])
+    }
+    /// Whether the last copy from `from` is done; with `wait`, once it is. Errors: it failed.
+    fn is_sent(&self, from: &HostMemory, wait: bool) -> Result<bool, DeviceError> {
+        let _done_when_sent = (from, wait);
+        Ok(true)
+    }
 }
 
 /// Device memory that is given back when dropped.

@@ -15,7 +15,7 @@ use crate::gpu::state;
 use crate::numerics::Numerics;
 use crate::ops::dense_gemm::gemm::{self, GemmPoint};
 use crate::ops::dense_gemm::gemv::{self, Gemv};
-use crate::ops::dense_gemm::native::{self, Native, NativePoint};
+use crate::ops::dense_gemm::native::{self, Native, NativePoint, Verdict};
 use crate::ops::hyper_connection::{self as hc, HcKernels, HcShape};
 use crate::ops::indexer::Indexer;
 use crate::ops::moe_gemm::decode::{self, Experts, MoeDecode};
@@ -195,6 +195,8 @@ pub struct Kernels {
     pub moe: Vec<MoeDecode>,
     /// Long steps in published numerics, where the sizes allow it.
     pub long: Option<Long>,
+    /// How the block-scaled kernels of long steps did when they were checked.
+    pub verdicts: Vec<Verdict>,
     /// attn_prepare, store_rings.
     pub prepare: ByRatio<[Kernel; 2]>,
     /// The choice of entries.
@@ -281,6 +283,7 @@ impl Kernels {
             gemv: gemvs,
             moe,
             long,
+            verdicts: Vec::new(),
             prepare: ByRatio(prepare),
             indexer: index,
             attend: ByRatio(attend),
@@ -320,6 +323,25 @@ impl Kernels {
         Kernels::walk(config, tp, numerics, tuning, |unit| {
             let (cubin, _) = nvrtc.compile(unit, &arch)?;
             unit.load(gpu, &Image::Cubin(cubin))
+        })
+    }
+
+    /// Loads all units of a rank as they were compiled at pack time for the GPU that is there; `find` gives the cubin
+    /// of a unit by its key for that architecture.
+    ///
+    /// Errors: those of `find`, the GPU's.
+    pub fn from_cubins<E: From<DeviceError>>(
+        gpu: &dyn Gpu,
+        config: &ModelConfig,
+        tp: Tp,
+        numerics: Numerics,
+        tuning: &Tuning,
+        mut find: impl FnMut(&Unit, [u8; 32]) -> Result<Vec<u8>, E>,
+    ) -> Result<Kernels, E> {
+        let arch = gpu.facts().arch();
+        Kernels::walk(config, tp, numerics, tuning, |unit| {
+            let cubin = find(unit, unit.key(&arch))?;
+            Ok(unit.load(gpu, &Image::Cubin(cubin))?)
         })
     }
 

@@ -121,10 +121,42 @@ pub struct GpuBackend {
     mix: u64,
     /// The current pass has run to its end.
     whole: bool,
-    /// How the block-scaled kernels of long steps did at the start, where there are any.
-    verdicts: Vec<Verdict>,
     /// Sums of other ranks pass through here.
     exchanged: Vec<f32>,
+}
+
+/// A rank's caches and what its steps compute in, before there are weights.
+///
+/// Reserved first, so that what does not fit is known before gigabytes are read.
+pub struct Reserved {
+    gpu: Arc<dyn Gpu>,
+    config: ModelConfig,
+    tp: Tp,
+    numerics: Numerics,
+    options: GpuOptions,
+    shape: Shape,
+    state: DeviceState,
+    work: Workspace,
+}
+
+impl Reserved {
+    /// For a rank of `config`'s model. Errors: not enough GPU memory.
+    pub fn new(
+        gpu: Arc<dyn Gpu>,
+        config: ModelConfig,
+        tp: Tp,
+        numerics: Numerics,
+        options: GpuOptions,
+    ) -> Result<Reserved, DeviceError> {
+        assert!(options.rows_max > 0, "steps have rows");
+        let shape = Shape::new(&config, tp);
+        let act_bytes = if numerics == Numerics::Published { 2 } else { 4 };
+        let size = StateSize { slots: options.slots, context: options.context, act_bytes };
+        let need = Need::new(&config, shape, numerics, options.rows_max, options.context);
+        let state = DeviceState::new(&gpu, &config, size)?;
+        let work = Workspace::new(&gpu, &need)?;
+        Ok(Reserved { gpu, config, tp, numerics, options, shape, state, work })
+    }
 }
 
 impl GpuBackend {
@@ -141,25 +173,31 @@ impl GpuBackend {
         collective: Box<dyn Collective>,
         options: GpuOptions,
     ) -> Result<GpuBackend, DeviceError> {
+        kernels.check(&gpu)?;
+        let reserved = Reserved::new(gpu, config, tp, numerics, options)?;
+        Ok(GpuBackend::with(reserved, weights, kernels, collective))
+    }
+
+    /// A rank in what is reserved for it, of checked kernels ([`Kernels::check`]).
+    pub fn with(
+        reserved: Reserved,
+        weights: DeviceWeights,
+        kernels: Kernels,
+        collective: Box<dyn Collective>,
+    ) -> GpuBackend {
+        let Reserved { gpu, config, tp, numerics, options, shape, state, work } = reserved;
         let alone = (0, 1);
         let expected = if options.solo { alone } else { (tp.rank(), tp.size()) };
         assert_eq!((collective.rank(), collective.size()), expected, "rank of the collective");
-        assert!(options.rows_max > 0, "steps have rows");
-        let shape = Shape::new(&config, tp);
-        let act_bytes = if numerics == Numerics::Published { 2 } else { 4 };
-        let size = StateSize { slots: options.slots, context: options.context, act_bytes };
-        let verdicts = native::check(&gpu, &mut kernels)?;
-        let need = Need::new(&config, shape, numerics, options.rows_max, options.context);
-        Ok(GpuBackend {
-            state: DeviceState::new(&gpu, &config, size)?,
-            work: Workspace::new(&gpu, &need)?,
+        GpuBackend {
+            state,
+            work,
             stream: Stream::new(gpu),
             turns: Turns::new(&config),
             slots: vec![None; options.slots as usize],
             current: Current::default(),
             mix: 0,
             whole: false,
-            verdicts,
             exchanged: Vec::new(),
             config,
             tp,
@@ -169,7 +207,7 @@ impl GpuBackend {
             weights,
             kernels,
             collective,
-        })
+        }
     }
 
     /// The model's configuration.
@@ -185,12 +223,17 @@ impl GpuBackend {
     /// How the block-scaled kernels of long steps did when they were checked at the start; empty where the architecture
     /// has none. They are used if all are accepted.
     pub fn verdicts(&self) -> &[Verdict] {
-        &self.verdicts
+        &self.kernels.verdicts
     }
 
     /// Whether steps of few rows are recorded and replayed from now on.
     pub fn set_graphs(&mut self, graphs: bool) {
         self.options.graphs = graphs;
+    }
+
+    /// Records steps anew, where they are recorded. Errors: the GPU's.
+    pub fn forget_recordings(&mut self) -> Result<(), GpuError> {
+        Ok(self.stream.forget()?)
     }
 
     /// Starts an empty sequence in `slot`. Errors: no such slot.

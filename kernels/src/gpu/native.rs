@@ -22,18 +22,20 @@ use dsv4_model::tensors::LayerSpec;
 /// Columns under one scale.
 const GROUP: u32 = 128;
 
-/// Checks the block-scaled kernels, and forgets them where one is not accepted. Errors: the GPU's.
-pub(super) fn check(gpu: &Arc<dyn Gpu>, kernels: &mut Kernels) -> Result<Vec<Verdict>, DeviceError> {
-    let Some(long) = &mut kernels.long else { return Ok(Vec::new()) };
-    let Some(NativeLong { dense, experts }) = &long.native else { return Ok(Vec::new()) };
-    let verdicts = vec![
-        native::self_check(gpu, dense, long.fp8, long.fake_quant)?,
-        native_moe::self_check(gpu, experts, &long.experts)?,
-    ];
-    if !verdicts.iter().all(Verdict::accepted) {
-        long.native = None;
+impl Kernels {
+    /// Checks the block-scaled kernels, and forgets them where one is not accepted. Errors: the GPU's.
+    pub fn check(&mut self, gpu: &Arc<dyn Gpu>) -> Result<(), DeviceError> {
+        let Some(long) = &mut self.long else { return Ok(()) };
+        let Some(NativeLong { dense, experts }) = &long.native else { return Ok(()) };
+        self.verdicts = vec![
+            native::self_check(gpu, dense, long.fp8, long.fake_quant)?,
+            native_moe::self_check(gpu, experts, &long.experts)?,
+        ];
+        if !self.verdicts.iter().all(Verdict::accepted) {
+            long.native = None;
+        }
+        Ok(())
     }
-    Ok(verdicts)
 }
 
 /// Codes of `[rows, cols]` and, behind them, scales `[rows, cols / 128]`.

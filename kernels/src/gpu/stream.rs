@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use crate::device::unit::Image;
-use crate::device::{DeviceError, Facts, Gpu, Graph, Kernel, Launch, Mark};
+use crate::device::{DeviceError, DeviceMemory, Facts, Gpu, Graph, HostMemory, Kernel, Launch, Mark};
 
 /// What launches depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -109,6 +109,13 @@ impl Stream {
         }
     }
 
+    /// Records every kind of step anew.
+    pub fn forget(&mut self) -> Result<(), DeviceError> {
+        self.discard()?;
+        self.graphs.clear();
+        Ok(())
+    }
+
     /// Of the current or last step.
     pub fn stats(&self) -> StepStats {
         StepStats { launches: self.launches.load(Ordering::Relaxed), replayed: self.replayed }
@@ -173,5 +180,20 @@ impl Gpu for Stream {
     }
     fn seconds_between(&self, from: Mark, to: Mark) -> Result<f64, DeviceError> {
         self.gpu.seconds_between(from, to)
+    }
+    fn forget_marks(&self) {
+        self.gpu.forget_marks();
+    }
+    fn memory(&self) -> Result<DeviceMemory, DeviceError> {
+        self.gpu.memory()
+    }
+    fn host(&self, bytes: usize) -> Result<HostMemory, DeviceError> {
+        self.gpu.host(bytes)
+    }
+    fn send(&self, from: &HostMemory, len: usize, to: u64) -> Result<(), DeviceError> {
+        self.gpu.send(from, len, to)
+    }
+    fn is_sent(&self, from: &HostMemory, wait: bool) -> Result<bool, DeviceError> {
+        self.gpu.is_sent(from, wait)
     }
 }

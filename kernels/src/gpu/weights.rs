@@ -1,5 +1,7 @@
 //! A rank's tensors on the GPU: matrices where the loader put them, small tensors widened to float32 beside them.
 
+mod fill;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,6 +13,7 @@ use dsv4_model::{Block, Kind, ModelConfig, TensorId, Tp};
 use crate::device::args::U8;
 use crate::device::{Buffer, DeviceError, Gpu, In};
 use crate::weights::{self, Matrix, WeightsError};
+pub use fill::fill;
 
 /// A matrix in the arena; a stack of experts is `count` of them, `stride` bytes apart.
 #[derive(Clone, Copy, Debug)]

@@ -288,6 +288,7 @@ pub fn what_fits(plan: &Plan) -> String {
             let what = match plan.asked.target {
                 Target::Cpu => "end other programs, use a machine with more memory",
                 Target::Cuda => "end other programs, drop the page cache, pack for more ranks",
+                Target::Card => "end other programs on the GPU, use smaller chunks (--chunk), pack for more ranks",
             };
             format!("no context fits: {what}{reserve}")
         }

@@ -2,11 +2,15 @@
 
 use std::path::Path;
 
+use dsv4_model::Tp;
 use serde_json::json;
 
 use crate::cli::{Backend, CheckArgs, Common, DoctorArgs};
-use crate::error::RunError;
+use crate::compute::{Compute, choose, cuda};
+use crate::error::{RunError, fact};
+use crate::gpu::require_kernels;
 use crate::load::{Opened, open};
+use crate::preflight::checks::{About, Finding, Level};
 use crate::preflight::host::Host;
 use crate::preflight::memory::{Asked, Target};
 use crate::preflight::report::Report;
@@ -25,14 +29,14 @@ fn here(opened: &Opened, common: &Common) -> Result<Vec<u32>, RunError> {
     Ok(ranks_here(tp, common.rank, &common.peers))
 }
 
-fn asked(common: &Common, target: Target, context: usize, ranks: usize) -> Asked {
+fn asked(common: &Common, compute: &Compute, context: usize, ranks: usize) -> Asked {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = common.threads.map_or(cores, usize::from).div_ceil(ranks.max(1));
     Asked {
-        target,
+        target: compute.target(),
         context: context as u64,
         sequences: 1,
-        chunk: u64::from(common.chunk),
+        chunk: compute.chunk(common.chunk).into(),
         threads: threads as u64,
         all_logits: false,
         reserve: common.reserve,
@@ -42,10 +46,16 @@ fn asked(common: &Common, target: Target, context: usize, ranks: usize) -> Asked
 /// Refuses a start whose sequence of `tokens` tokens does not fit into this machine's memory.
 ///
 /// Errors: [`RunError::DoesNotFit`].
-pub fn admit_start(opened: &Opened, common: &Common, tokens: usize, all_logits: bool) -> Result<(), RunError> {
+pub fn admit_start(
+    opened: &Opened,
+    common: &Common,
+    compute: &Compute,
+    tokens: usize,
+    all_logits: bool,
+) -> Result<(), RunError> {
     let here = here(opened, common)?;
-    let asked = Asked { all_logits, ..asked(common, Target::Cpu, tokens, here.len()) };
-    admit(opened, &here, &asked, &Host::for_memory(Path::new(ROOT)))
+    let asked = Asked { all_logits, ..asked(common, compute, tokens, here.len()) };
+    admit(opened, &compute.sharing(&here), &asked, &compute.host(Path::new(ROOT)))
 }
 
 /// `check`: the report on standard output. Errors: what refuses, also an artifact that cannot be opened.
@@ -63,14 +73,52 @@ pub fn run_check(artifact: &Path, args: &CheckArgs) -> Result<(), RunError> {
             return Err(error);
         }
     };
-    // Today `auto` computes on the CPU; `cuda` plans the GPU memory that is designed.
-    let target = if args.common.backend == Backend::Cuda { Target::Cuda } else { Target::Cpu };
     let here = here(&opened, &args.common)?;
+    let (compute, mut findings) = match choose(args.common.backend, &opened.artifact, &|| cuda(0)) {
+        Ok((compute, note)) => {
+            let note = note.map(|note| Finding::ok("gpu.choice", note.trim_end()));
+            (compute, Vec::from_iter(note))
+        }
+        Err(error) => (Compute::Cpu, vec![refused("gpu.device", &error)]),
+    };
     let model = opened.config.max_position_embeddings as usize;
     let context = args.common.max_context.unwrap_or(model).min(model);
-    let asked = Asked { sequences: args.max_seqs.into(), ..asked(&args.common, target, context, here.len()) };
-    let report = check(&opened, &here, &asked, Host::read(Path::new(ROOT)))?;
+    let mut asked = Asked { sequences: args.max_seqs.into(), ..asked(&args.common, &compute, context, here.len()) };
+    if args.common.backend == Backend::Cuda && matches!(compute, Compute::Cpu) {
+        // A GPU that cannot be opened: what one that has the machine's memory would need.
+        asked.target = Target::Cuda;
+    }
+    findings.extend(kernels(&opened, &args.common, &compute, &here));
+    let mut host = Host::read(Path::new(ROOT));
+    compute.describe(&mut host);
+    let mut report = check(&opened, &compute.sharing(&here), &asked, host)?;
+    // A driver that has opened a GPU is there, also where the kernel does not show it to a container.
+    let is_open = matches!(compute, Compute::Gpu(_)) && report.host.driver.is_none();
+    report.findings.retain(|finding| !(is_open && finding.id == "driver.version"));
+    // Behind the files, before the machine: whether there is a GPU explains the rest.
+    report.findings.splice(1..1, findings);
     conclude(&report, args.json, &artifact.display().to_string())
+}
+
+/// Whether the artifact has the kernels that the ranks here would load.
+fn kernels(opened: &Opened, common: &Common, compute: &Compute, here: &[u32]) -> Option<Finding> {
+    let (Compute::Gpu(device), Some(rank)) = (compute, here.first()) else { return None };
+    let tp = Tp::new(*rank, opened.artifact.manifest().tp).ok()?;
+    let found = require_kernels(opened, device.gpu.as_ref(), tp, common.numerics.into());
+    let facts = device.gpu.facts();
+    Some(match found {
+        Ok(count) => Finding::ok("gpu.kernels", format!("{count} for {} ({})", facts.name, facts.arch())),
+        Err(error) => refused("gpu.kernels", &error),
+    })
+}
+
+/// A finding made of an error.
+fn refused(id: &'static str, error: &RunError) -> Finding {
+    let text = error.to_string();
+    let todo = text.split_once("\n  help: ").map_or("see the message", |(_, help)| help).to_owned();
+    let about = if error.exit_code() == 3 { About::Files } else { About::Machine };
+    let expected = "a GPU that this artifact has kernels for".into();
+    Finding { id, level: Level::Refuse, about, found: fact(error), expected, todo }
 }
 
 /// `doctor`: the report on standard output. Errors: what would refuse a start.

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
+use crate::preflight::memory::Card;
 use crate::preflight::texts::{
     Driver, Limit, Malformed, Meminfo, Swap, Zone, buddyinfo, cgroup_cache, cgroup_limit, cgroup_paths, gpu_model,
     kernel_release, locked_max, page_bytes, swaps,
@@ -128,6 +129,8 @@ pub struct Host {
     pub driver: Option<Driver>,
     /// NVIDIA GPUs by model.
     pub gpus: Vec<String>,
+    /// Memory of the GPU's own, where it was opened and has some; no file says that.
+    pub card: Option<Card>,
     /// RDMA functions.
     pub rdma: Vec<Rdma>,
     /// NVMe drives.
@@ -154,7 +157,6 @@ impl Host {
             kib.ok_or_else(|| Malformed { expected: "a number of KiB".into(), found: text.trim().into() })
         });
         host.locked_max = files.parse("proc/self/limits", locked_max);
-        host.driver = files.parse("proc/driver/nvidia/version", Driver::parse);
         host.rdma = files.names("sys/class/infiniband").into_iter().map(|name| files.rdma(name)).collect();
         host.nvme = files.names("sys/class/nvme").into_iter().map(|name| files.nvme(name)).collect();
         host.processes = files.processes();
@@ -162,7 +164,7 @@ impl Host {
         host
     }
 
-    /// Only the facts that say how much memory there is.
+    /// Only the facts that say how much memory there is, and of what GPU and driver.
     pub fn for_memory(root: &Path) -> Host {
         let mut files = Files { root, unread: Vec::new() };
         let memory = files.parse("proc/meminfo", Meminfo::parse);
@@ -173,7 +175,8 @@ impl Host {
             files.parse(&file, gpu_model)
         });
         let gpus = gpus.collect();
-        Host { memory, cgroup, gpus, unread: files.unread, ..Host::default() }
+        let driver = files.parse("proc/driver/nvidia/version", Driver::parse);
+        Host { memory, cgroup, gpus, driver, unread: files.unread, ..Host::default() }
     }
 
     /// Whether this is a GB10, whose GPU has no memory of its own.

@@ -96,7 +96,7 @@ pub fn check(opened: &Opened, here: &[u32], asked: &Asked, host: Host) -> Result
     }
     findings.push(checks::memory(&plan));
     findings.extend(checks::gpu_memory(&plan, &host));
-    findings.extend(checks::host(&host, asked.target == Target::Cuda));
+    findings.extend(checks::host(&host, asked.target != Target::Cpu));
     let artifact = ArtifactFacts {
         path: artifact.path().display().to_string(),
         artifact_id: manifest.artifact_id.to_string(),

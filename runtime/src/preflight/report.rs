@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::preflight::checks::{About, Finding, Level};
 use crate::preflight::disk::DiskProbe;
 use crate::preflight::host::Host;
-use crate::preflight::memory::Plan;
+use crate::preflight::memory::{Plan, Target};
 use crate::preflight::texts::Limit;
 
 /// Exit code of a refusal for the artifact's files.
@@ -150,7 +150,8 @@ pub fn table(plan: &Plan) -> String {
     out += &row("left to others", plan.reserve, "--reserve");
     out += &row("needed", plan.needed, "");
     if let Some(s) = plan.supply {
-        let note = format!("{}; the machine has {}", s.basis, size(s.total));
+        let whose = if asked.target == Target::Card { "GPU" } else { "machine" };
+        let note = format!("{}; the {whose} has {}", s.basis, size(s.total));
         out += &row("usable", s.usable, &note);
         let (name, bytes) =
             if plan.fits() { ("to spare", s.usable - plan.needed) } else { ("MISSING", plan.missing()) };
