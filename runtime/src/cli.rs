@@ -265,8 +265,8 @@ pub struct BenchArgs {
     /// Positions before a decode step
     #[arg(long, value_delimiter = ',', default_values_t = [0, 8 << 10, 64 << 10, 200 << 10], value_name = "TOKENS")]
     pub context: Vec<u32>,
-    /// Rows of a decode step, at most 16
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4, 8], value_parser = clap::value_parser!(u32).range(1..=16))]
+    /// Rows of a decode step; 0 for none
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4, 8], value_parser = clap::value_parser!(u32).range(0..=16))]
     pub rows: Vec<u32>,
     /// Rows of a prefill step; 0 for none
     #[arg(long, value_delimiter = ',', default_values_t = [2 << 10, 8 << 10], value_parser = clap::value_parser!(u32).range(0..=8192))]

@@ -96,11 +96,7 @@ pub fn start(opened: Opened, settings: &Settings, progress: &dyn Progress) -> Re
     let facts = facts(&opened, settings);
     let mut locals = None;
     let (mesh, local_ranks) = match &settings.places {
-        Places::Local if tp == 1 => {
-            // A file that is not there is told as what it is, before memory is reserved for it.
-            opened.require_rank(0)?;
-            (None, 1)
-        }
+        Places::Local if tp == 1 => (None, 1),
         Places::Local => {
             // A file that is missing or cut is known now, and told as what it is.
             for rank in 0..tp {

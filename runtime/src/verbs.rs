@@ -65,6 +65,10 @@ impl Chosen {
     /// Opens an artifact and decides what computes for the `local_rank`th rank of this machine.
     fn new(artifact: &Path, common: &Common, local_rank: u32) -> Result<Chosen, RunError> {
         let opened = open(artifact)?;
+        if common.rank.is_none() {
+            // Without weights nothing else is worth a word. (A rank with peers is judged with their addresses.)
+            opened.require_rank(local_rank)?;
+        }
         let (compute, note) = choose(common.backend, &opened.artifact, &|| cuda(local_rank))?;
         if let (Some(note), false) = (note, common.quiet) {
             tell(&note);

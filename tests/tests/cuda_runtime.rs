@@ -430,6 +430,8 @@ fn a_bench_that_cannot_be() {
     let out: Value = serde_json::from_str(ran.ok()).unwrap();
     assert_eq!(out["decode"].as_array().map(Vec::len), Some(4));
     assert_eq!((&out["prefill"], &out["weights"]), (&Value::Array(vec![]), &"the artifact's".into()));
+    let tight = Driver::new(Says { free: 64 << 20, ..Says::default() }).expect("as before");
+    tight.run(art.path(), small).fails(DEVICE, &["not enough memory", "--rows 0"]);
     // Made-up weights need no rank files.
     std::fs::remove_file(art.path().join("rank0.weights")).unwrap();
     driver.run(art.path(), small).fails(INPUT, &["rank0.weights", "missing"]);
@@ -471,7 +473,7 @@ fn the_program_on_a_gpu() {
         println!("{}", ran.err);
         for cell in out["decode"].as_array().unwrap() {
             let of = |name: &str| cell[name].as_f64().unwrap();
-            assert!(of("kernel_seconds") > 0.0 && of("kernel_seconds") < 2.0 * of("gpu_seconds"), "{cell}");
+            assert!(of("kernel_seconds") > 0.0 && of("kernel_seconds") < 3.0 * of("gpu_seconds"), "{cell}");
             assert!(of("gpu_seconds") <= of("step_seconds"), "{cell}");
         }
     }

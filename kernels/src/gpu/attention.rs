@@ -109,7 +109,7 @@ impl GpuBackend {
         let rows_at_once = work.score_rows(stride).max(1);
         for first in (0..current.rows).step_by(rows_at_once as usize) {
             let count = rows_at_once.min(current.rows - first);
-            indexer::launch_choose_long(&self.stream, kernels, stride, args(first, count))?;
+            indexer::launch_choose_long(&self.stream, kernels, sizes, self.numerics, stride, args(first, count))?;
         }
         Ok(Selection(()))
     }

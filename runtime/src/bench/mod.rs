@@ -135,7 +135,13 @@ pub fn run_bench(artifact: &Path, args: &BenchArgs) -> Result<(), RunError> {
         all_logits: false,
         reserve: args.reserve,
     };
-    admit(&opened, &[args.rank], &asked, &compute.host(Path::new("/")))?;
+    admit(&opened, &[args.rank], &asked, &compute.host(Path::new("/"))).map_err(|error| match error {
+        RunError::DoesNotFit { needed, usable, table, .. } => {
+            let help = "measure long contexts and large chunks apart (--rows 0 and --chunk 0 leave a part out)".into();
+            RunError::DoesNotFit { needed, usable, table, help }
+        }
+        other => other,
+    })?;
     let mut out =
         measure(&opened, device, args.rank, args.numerics.into(), source, &plan, &Bar::new(args.quiet), &say)?;
     if let Some(object) = out.as_object_mut() {

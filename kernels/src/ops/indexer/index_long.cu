@@ -21,9 +21,8 @@ KERNEL(index_queries, IndexQueriesArgs, THREADS) {
 }
 
 KERNEL(index_score_long, IndexScoreArgs, LONG_THREADS) {
-    SHARED uint4 q_shared[HEADS * Q_STRIDE * sizeof(act_t) / 16];
-    SHARED float weights[HEADS];
-    act_t* q = reinterpret_cast<act_t*>(q_shared);
+    DYNAMIC_SHARED(float, weights);
+    act_t* q = reinterpret_cast<act_t*>(weights + HEADS);
     u32 lane = lane_id(), first = blockIdx.x * LONG_KEYS + warp_id() * 32;
     u32 r0 = blockIdx.y * a.per, r1 = r0 + a.per < a.count ? r0 + a.per : a.count;
     release_next();

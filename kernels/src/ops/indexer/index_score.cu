@@ -14,6 +14,8 @@
 // twin     reference.rs::scores, top_k
 
 constexpr int KEYS = 16 * WARPS;
+// Tiles of a block that are asked for before its queries are there.
+constexpr u32 TILES_AHEAD = 2;
 
 struct Score {
     Select select;
@@ -49,10 +51,12 @@ KERNEL(index_score, IndexScoreArgs, THREADS) {
     u32 visible = visible_to(row), tiles = (visible + KEYS - 1) / KEYS;
     const u32* pages = a.pages + (u64)row.slot * a.pages_max;
     release_next();
-    // Entries come from far.
+    // Entries come from far: the first of them, while the kernel before still reads its weights. More would push one
+    // another out of the L2 cache.
     constexpr u32 LINES = (ID * sizeof(act_t) + 127) / 128;
+    u32 ahead = blockIdx.x + TILES_AHEAD * gridDim.x;
     if (visible > TOPK)
-        for (u32 t = blockIdx.x; t < tiles; t += gridDim.x)
+        for (u32 t = blockIdx.x; t < tiles && t < ahead; t += gridDim.x)
             for (u32 i = threadIdx.x; i < KEYS * LINES; i += THREADS) {
                 u32 w = t * KEYS + i / LINES;
                 if (w < visible) prefetch_l2(entry_at(a.entries, pages, w) + i % LINES * (128 / sizeof(act_t)));

@@ -81,14 +81,26 @@ fn marks_bytes(entries: u32) -> u32 {
 }
 
 impl Sizes {
-    /// Shared memory of a block of a short step: queries while it scores, marks while it selects.
-    fn shared(&self, entries: u32, numerics: Numerics) -> u32 {
+    /// A row's queries and the weights of its heads in shared memory.
+    fn queries_bytes(&self, numerics: Numerics) -> (u32, u32) {
         let heads = self.heads.next_multiple_of(8);
         let queries = match numerics {
             Numerics::Published => heads * (self.width + 32) * 2,
             Numerics::Float => heads * self.width * 4,
         };
-        SELECT_BYTES + heads * 4 + queries.max(marks_bytes(entries))
+        (queries, heads * 4)
+    }
+
+    /// Shared memory of a block of a short step: queries while it scores, marks while it selects.
+    fn shared(&self, entries: u32, numerics: Numerics) -> u32 {
+        let (queries, weights) = self.queries_bytes(numerics);
+        SELECT_BYTES + weights + queries.max(marks_bytes(entries))
+    }
+
+    /// The same of a block that scores rows of a longer one.
+    fn shared_long(&self, numerics: Numerics) -> u32 {
+        let (queries, weights) = self.queries_bytes(numerics);
+        queries + weights
     }
 }
 
@@ -96,7 +108,7 @@ impl Sizes {
 pub fn unit(sizes: Sizes, numerics: Numerics) -> Unit {
     let Sizes { heads, width, rope, topk, ratio, per_page } = sizes;
     assert!(width % 64 == 0 && width.is_power_of_two() && rope % 64 == 0 && rope <= width, "{sizes:?}: widths");
-    assert!(heads * (width + 16) * 4 <= 48 << 10 && topk <= BINS, "{sizes:?}: all heads fit into shared memory");
+    assert!(sizes.shared_long(numerics) <= 48 << 10 && topk <= BINS, "{sizes:?}: all heads fit into shared memory");
     Unit {
         family: "indexer",
         source: concat!(
@@ -122,7 +134,7 @@ pub fn unit(sizes: Sizes, numerics: Numerics) -> Unit {
         kernels: vec![
             ("index_score".into(), sizes.shared(ENTRIES_MAX, numerics)),
             ("index_queries".into(), 0),
-            ("index_score_long".into(), 0),
+            ("index_score_long".into(), sizes.shared_long(numerics)),
             ("index_select".into(), SELECT_BYTES + marks_bytes(ENTRIES_MAX)),
         ],
     }
@@ -168,13 +180,16 @@ pub fn launch_queries(
 pub fn launch_choose_long(
     gpu: &dyn Gpu,
     kernels: Indexer,
+    sizes: Sizes,
+    numerics: Numerics,
     visible_max: u32,
     mut args: IndexScoreArgs,
 ) -> Result<(), DeviceError> {
     assert!(visible_max <= ENTRIES_MAX, "{visible_max} entries of a row");
     args.per = ROWS_OF_BLOCK;
     let grid = [visible_max.div_ceil(LONG_THREADS), args.count.div_ceil(args.per), 1];
-    gpu.launch(kernels.score_long, Launch { grid, threads: LONG_THREADS, shared: 0 }, args.bytes().as_slice())?;
+    let shape = Launch { grid, threads: LONG_THREADS, shared: sizes.shared_long(numerics) };
+    gpu.launch(kernels.score_long, shape, args.bytes().as_slice())?;
     launch_select(gpu, kernels, visible_max, args)
 }
 

@@ -101,7 +101,7 @@ fn choose(sizes: Sizes, positions: &[(u32, u32)], numerics: Numerics) {
         for _ in 0..times {
             match long {
                 false => launch_choose(bench.gpu(), kernels, sizes, numerics, most as u32, args).unwrap(),
-                true => launch_choose_long(bench.gpu(), kernels, most as u32, args).unwrap(),
+                true => launch_choose_long(bench.gpu(), kernels, sizes, numerics, most as u32, args).unwrap(),
             }
         }
         let counts: Vec<u32> = [bins.values().unwrap(), arrived.values().unwrap()].concat();

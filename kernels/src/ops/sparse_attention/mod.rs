@@ -106,7 +106,7 @@ pub fn unit(sizes: Sizes, numerics: Numerics) -> Unit {
     let scale = (std::f64::consts::LOG2_E / f64::from(head_dim).sqrt()) as f32;
     Unit {
         family: "sparse_attention",
-        source: concat!(include_str!("attend.cuh"), include_str!("attend.cu")),
+        source: concat!(include_str!("attend.cuh"), include_str!("attend.cu"), include_str!("attend_float.cu")),
         args: AttendArgs::cuda(),
         defines: vec![
             define("CAPW", capacity),
