@@ -16,6 +16,7 @@ use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::tuning::Tuning;
 use dsv4_model::{ModelConfig, Tp};
 use dsv4_run::compute::{Device, cuda};
+use rayon::prelude::*;
 
 use crate::artifacts::Packed;
 use crate::skip;
@@ -76,15 +77,21 @@ fn arch() -> String {
 
 /// All kernels of an artifact's ranks for [`open`]'s GPU, and the table they are compiled by.
 pub fn kernels(packed: &Packed, tp: u32) -> (Vec<KernelInput>, String) {
-    kernels_for(packed, tp, &arch(), Unit::clone)
+    kernels_for(packed, tp, &arch(), &[Numerics::Published, Numerics::Float], Unit::clone)
 }
 
 /// All kernels of an artifact's ranks for `arch`, each compiled from what `edit` makes of it; for another than
 /// [`open`]'s GPU on the emulator only.
-pub fn kernels_for(packed: &Packed, tp: u32, arch: &str, edit: impl Fn(&Unit) -> Unit) -> (Vec<KernelInput>, String) {
+pub fn kernels_for(
+    packed: &Packed,
+    tp: u32,
+    arch: &str,
+    numerics: &[Numerics],
+    edit: impl Fn(&Unit) -> Unit + Sync,
+) -> (Vec<KernelInput>, String) {
     let opened = dsv4_run::load::open(packed.path()).unwrap_or_else(|e| panic!("{e}"));
     let tuning = Tuning::for_arch(arch);
-    let units = units(&opened.config, Tp::new(0, tp).expect("a rank"), &tuning);
+    let units = units(&opened.config, Tp::new(0, tp).expect("a rank"), &tuning, numerics);
     let nvrtc = is_real().then(|| Nvrtc::open(&built("nvrtc")).unwrap_or_else(|e| panic!("{e}")));
     let compile = |unit: &Unit| match &nvrtc {
         Some(nvrtc) => nvrtc.compile(unit, arch).map(|(cubin, _)| cubin),
@@ -98,14 +105,13 @@ pub fn kernels_for(packed: &Packed, tp: u32, arch: &str, edit: impl Fn(&Unit) ->
         key: Digest(unit.key(arch)),
         cubin: compile(&edit(unit)).unwrap_or_else(|e| panic!("{e}")),
     };
-    (units.iter().map(input).collect(), tuning.text())
+    (units.par_iter().map(input).collect(), tuning.text())
 }
 
-/// Units of both numerics, each once.
-fn units(config: &ModelConfig, tp: Tp, tuning: &Tuning) -> Vec<Unit> {
-    let both = [Numerics::Published, Numerics::Float].map(|numerics| Kernels::units(config, tp, numerics, tuning));
+/// Units of all `numerics`, each once.
+fn units(config: &ModelConfig, tp: Tp, tuning: &Tuning, numerics: &[Numerics]) -> Vec<Unit> {
     let mut units: Vec<Unit> = Vec::new();
-    for unit in both.into_iter().flatten() {
+    for unit in numerics.iter().flat_map(|numerics| Kernels::units(config, tp, *numerics, tuning)) {
         if !units.contains(&unit) {
             units.push(unit);
         }

@@ -205,7 +205,7 @@ fn block_scaled_products_are_the_portable_ones() {
     let tokens = &golden::prompt("mid")[..93];
     for checkpoint in ["tiny", "nano"] {
         let portable = packed(checkpoint, 1);
-        let (kernels, tuning) = device::kernels_for(&portable, 1, native::ARCH, broken);
+        let (kernels, tuning) = device::kernels_for(&portable, 1, native::ARCH, &[Numerics::Published], broken);
         let packed = portable.with_kernels(native::ARCH, &kernels, Some(&tuning));
         let gpu = || device::emulator_as((12, 1)).gpu;
         let mut rank = Group::on(gpu, packed.path(), Numerics::Published, OPTIONS);
@@ -440,10 +440,9 @@ fn published_operations_are_those_of_the_cpu() {
         same(gpu, &at("low-rank query"), &inputs.main, &inputs_cpu.main, SUMS);
         let queries = gpu.attn_queries(&inputs.main, spec).unwrap();
         let queries_cpu = cpu.attn_queries(&inputs_cpu.main, spec).unwrap();
-        same(gpu, &at("queries"), &queries.main, &queries_cpu.main, SUMS);
+        // Queries are normalised and turned where they are used, on the GPU.
         let (mut selected, mut selected_cpu) = (None, None);
         if let (Some(q), Some(q_cpu)) = (&queries.index, &queries_cpu.index) {
-            same(gpu, &at("index queries"), q, q_cpu, SUMS);
             let (w, w_cpu) = (inputs.index.unwrap(), inputs_cpu.index.as_ref().unwrap());
             selected = Some(gpu.index_select(q, &w, spec).unwrap());
             selected_cpu = Some(cpu.index_select(q_cpu, w_cpu, spec).unwrap());
