@@ -81,12 +81,19 @@ DEVICE void gemm_tile(const GemmArgs& a) {
 }
 
 #if FORMAT_BF16
-KERNEL(gemm_bf16, GemmArgs, THREADS) { gemm_tile<WEIGHT_BF16>(a); }
+KERNEL(gemm_bf16, GemmArgs, THREADS) {
+    wait_for_previous();
+    gemm_tile<WEIGHT_BF16>(a);
+}
 #else
-KERNEL(gemm_fp8, GemmArgs, THREADS) { gemm_tile<WEIGHT_FP8>(a); }
+KERNEL(gemm_fp8, GemmArgs, THREADS) {
+    wait_for_previous();
+    gemm_tile<WEIGHT_FP8>(a);
+}
 
 // Two groups of 128 values per warp: a half-warp each, 8 values per lane.
 KERNEL(fake_quant, FakeQuantArgs, QUANT_THREADS) {
+    wait_for_previous();
     u32 groups = a.cols / 128;
     u64 all = (u64)a.rows * groups;
     u64 group = ((u64)blockIdx.x * (QUANT_THREADS / LANES) + warp_id()) * 2 + lane_id() / 16;

@@ -37,6 +37,7 @@ DEVICE void store_sums(const TileSums<T>& sums, Value* y, const NativeSeg& seg, 
 }
 
 KERNEL(native_fp8, NativeArgs, THREADS) {
+    wait_for_previous();
     typedef TileShape<TILE_TOKENS, TILE_OUTS, TILE_STAGES, WEIGHT_FP8, false> T;
     static_assert(T::BLOCK == THREADS, "threads of a block");
     DYNAMIC_SHARED(u8, shared);
@@ -84,6 +85,7 @@ KERNEL(native_fp8, NativeArgs, THREADS) {
 
 // Two groups of 128 values per warp: a half-warp each, 8 values per lane.
 KERNEL(native_quant, NativeQuantArgs, QUANT_THREADS) {
+    wait_for_previous();
     u32 groups = a.cols / 128;
     u64 all = (u64)a.rows * groups;
     u64 group = ((u64)blockIdx.x * (QUANT_THREADS / LANES) + warp_id()) * 2 + lane_id() / 16;

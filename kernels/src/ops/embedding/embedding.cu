@@ -12,7 +12,6 @@
 
 KERNEL(embed, EmbedArgs, THREADS) {
     u32 row = blockIdx.x;
-    release_next();
     wait_for_previous();
     // Tokens below the first wrap around to large numbers.
     u32 local = a.rows[row].token - a.first_token;
@@ -37,7 +36,6 @@ DEVICE void sum_parts(const float* parts, u64 count, u32 n, u64 at, float (&sum)
 
 KERNEL(expand, ExpandArgs, THREADS) {
     u64 row = blockIdx.x;
-    release_next();
     wait_for_previous();
     for (u32 c = threadIdx.x * 8; c < D; c += THREADS * 8) {
         float v[8];
@@ -50,7 +48,6 @@ KERNEL(expand, ExpandArgs, THREADS) {
 
 KERNEL(settle, SettleArgs, THREADS) {
     u64 at = ((u64)blockIdx.x * THREADS + threadIdx.x) * 8;
-    release_next();
     wait_for_previous();
     if (at >= a.count) return;
     float sum[8];
@@ -60,7 +57,6 @@ KERNEL(settle, SettleArgs, THREADS) {
 
 KERNEL(draft_add, DraftAddArgs, THREADS) {
     u64 row = blockIdx.x;
-    release_next();
     wait_for_previous();
     for (u32 c = threadIdx.x * 8; c < D; c += THREADS * 8) {
         float e[8];

@@ -347,7 +347,6 @@ KERNEL(hc_site, HcSiteArgs, SITE_BOUNDS) {
     SHARED u32 ticket;
     u32 t = threadIdx.x, lane = lane_id();
     u32 split = blockIdx.x, first = blockIdx.y * FEW, rows = a.rows - first < FEW ? a.rows - first : FEW;
-    release_next();
     SiteWeights weights;
     if (a.arrivals) weights = site_weights(a);
     if (warp_id() < MIX_WARPS) {
@@ -406,7 +405,6 @@ KERNEL(hc_site, HcSiteArgs, SITE_BOUNDS) {
 }
 
 KERNEL(hc_collapse, HcSiteArgs, SITE_BOUNDS) {
-    release_next();
     // Weights come from far and do not depend on the kernel before.
     SiteWeights w = site_weights(a);
     wait_for_previous();
@@ -431,7 +429,6 @@ KERNEL(hc_tiled, HcSiteArgs, TILED_THREADS) {
     u32 split = blockIdx.x, first = blockIdx.y * TILE_ROWS, lane = lane_id(), warp = warp_id();
     // Squares of the rows lane + i * LANES are warp i's.
     float dot[PER_LANE][PER_WARP], squares = 0.0f;
-    release_next();
 #pragma unroll 1
     for (u32 part = 0; part < SPLIT / PART; part++) {
         u32 column = split * SPLIT + part * PART;
@@ -496,7 +493,6 @@ KERNEL(hc_tiled, HcSiteArgs, TILED_THREADS) {
 
 KERNEL(hc_finish, HcFinishArgs, FINISH_THREADS) {
     u64 item = (u64)blockIdx.x * FINISH_THREADS + threadIdx.x;
-    release_next();
     wait_for_previous();
     if (item >= (u64)a.rows * (D / 8)) return;
     float h[M][8];
@@ -508,7 +504,6 @@ KERNEL(hc_head, HcHeadArgs, THREADS) {
     SHARED float sums[M + 1][WARPS];
     SHARED float scratch[WARPS];
     u64 i = blockIdx.x;
-    release_next();
     if (i == 0)
         for (u32 at = threadIdx.x * 32; at < M * M * D; at += THREADS * 32) prefetch_l2(a.w + at);
     float norm[EACH][8], own[M + 1] = {};

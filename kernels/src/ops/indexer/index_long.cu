@@ -9,7 +9,6 @@
 constexpr int LONG_KEYS = LONG_THREADS;
 
 KERNEL(index_queries, IndexQueriesArgs, THREADS) {
-    release_next();
     wait_for_previous();
     u64 i = (u64)blockIdx.x * WARPS + warp_id();
     if (i >= (u64)a.count * IH) return;
@@ -25,7 +24,6 @@ KERNEL(index_score_long, IndexScoreArgs, LONG_THREADS) {
     act_t* q = reinterpret_cast<act_t*>(weights + HEADS);
     u32 lane = lane_id(), first = blockIdx.x * LONG_KEYS + warp_id() * 32;
     u32 r0 = blockIdx.y * a.per, r1 = r0 + a.per < a.count ? r0 + a.per : a.count;
-    release_next();
     wait_for_previous();
 #if PUBLISHED
     uint4 key[2][2][CHUNKS];
@@ -93,7 +91,6 @@ KERNEL(index_select, IndexScoreArgs, THREADS) {
     u32 r = blockIdx.x;
     Row row = a.rows[r];
     u32 visible = visible_to(row);
-    release_next();
     wait_for_previous();
     if (visible <= TOPK) return;
     const float* scores = a.scores + (u64)r * a.stride;

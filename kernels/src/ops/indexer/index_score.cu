@@ -50,7 +50,6 @@ KERNEL(index_score, IndexScoreArgs, THREADS) {
     Row row = a.rows[r];
     u32 visible = visible_to(row), tiles = (visible + KEYS - 1) / KEYS;
     const u32* pages = a.pages + (u64)row.slot * a.pages_max;
-    release_next();
     // Entries come from far: the first of them, while the kernel before still reads its weights. More would push one
     // another out of the L2 cache.
     constexpr u32 LINES = (ID * sizeof(act_t) + 127) / 128;

@@ -38,7 +38,6 @@ DEVICE void make_window_row(const PrepareArgs& a, u32 r) {
 }
 
 KERNEL(attn_prepare, PrepareArgs, THREADS) {
-    release_next();
     u32 rows_blocks = (2 * a.count + WARPS - 1) / WARPS;
     if (blockIdx.x < rows_blocks) {
         u32 item = blockIdx.x * WARPS + warp_id();
@@ -69,7 +68,6 @@ DEVICE bool is_newest(const Row* rows, u32 r, u32 count, u32 capacity) {
 KERNEL(store_rings, PrepareArgs, THREADS) {
     u32 r = blockIdx.x;
     Row row = a.rows[r];
-    release_next();
     wait_for_previous();
     if (blockIdx.y == 0) {
         if (!is_newest(a.rows, r, a.count, CAPW)) return;

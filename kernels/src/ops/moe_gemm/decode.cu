@@ -100,7 +100,6 @@ DEVICE void up(E, u8* shared, const MoeUpArgs& a, UpTiles t, const UpWork& w) {
     // Which weights a routed block reads was only known after the wait; the shared expert's are always the same.
     if (!w.pairs) {
         wait_for_previous();
-        release_next();
     }
     auto row_at = [&](u32 r) { return a.x + (u64)row_of(w, r) * D; };
     stage<NROWS, 2>(E(), x, x_row, scales, row_at, w.count, D, steps, [] {});
@@ -167,14 +166,12 @@ KERNEL_RESIDENT(moe_up, MoeUpArgs, THREADS, RESIDENT) {
         up<ROWS>(Fp8Codes(), shared, a, t, UpWork{row, n, nullptr});
 #else
         wait_for_previous();
-        release_next();
         up_plain<ROWS, FORMAT_FP8>(shared, a, t, UpWork{row, n, nullptr});
 #endif
         return;
     }
     // Only now: moe_down reads what was chosen as soon as it may start.
     wait_for_previous();
-    release_next();
     u32 pair = job - groups;
     if (SHARE == 1) {
         if (threadIdx.x == 0) {
@@ -287,7 +284,6 @@ KERNEL_RESIDENT(moe_down, MoeDownArgs, THREADS, RESIDENT) {
     u32 first = blockIdx.x % BLOCKS * DOWN_TILES, row = blockIdx.x / BLOCKS * GROUP;
     u32 tiles = TILES_OF(D) - first < DOWN_TILES ? TILES_OF(D) - first : DOWN_TILES;
     u32 rows = a.rows - row < GROUP ? a.rows - row : GROUP;
-    release_next();
     const act_t* mid = a.mid + (u64)row * ((K + 1) * F);
     const u32* chosen = a.chosen + (u64)row * K;
 #if PUBLISHED

@@ -107,6 +107,7 @@ DEVICE void up_tile(const NativeUpArgs& a, u8* shared, const u8* w1, const u8* w
 }
 
 KERNEL(native_moe_up, NativeUpArgs, THREADS) {
+    wait_for_previous();
     DYNAMIC_SHARED(u8, shared);
     if (blockIdx.y >= a.tile_count[0]) return;
     const u32* tile = a.tiles + (u64)blockIdx.y * 4;
@@ -115,6 +116,7 @@ KERNEL(native_moe_up, NativeUpArgs, THREADS) {
 }
 
 KERNEL(native_moe_up_shared, NativeUpArgs, THREADS) {
+    wait_for_previous();
     DYNAMIC_SHARED(u8, shared);
     u32 first = blockIdx.y * TILE_TOKENS;
     u32 count = a.rows - first < TILE_TOKENS ? a.rows - first : TILE_TOKENS;
@@ -122,6 +124,7 @@ KERNEL(native_moe_up_shared, NativeUpArgs, THREADS) {
 }
 
 KERNEL(native_moe_down, NativeDownArgs, THREADS) {
+    wait_for_previous();
     typedef TileShape<TILE_TOKENS, TILE_OUTS, TILE_STAGES, WEIGHT_FP4, false> T;
     DYNAMIC_SHARED(u8, shared);
     if (blockIdx.y >= a.tile_count[0]) return;

@@ -17,6 +17,7 @@
 #define SLOTS (TOP_K + 1)
 
 KERNEL(moe_count, MoeSortArgs, SORT_THREADS) {
+    wait_for_previous();
     SHARED float scratch[SORT_THREADS / LANES];
     u32 mine = 0;
 #pragma unroll 8
@@ -27,6 +28,7 @@ KERNEL(moe_count, MoeSortArgs, SORT_THREADS) {
 }
 
 KERNEL(moe_place, MoeSortArgs, SORT_THREADS) {
+    wait_for_previous();
     constexpr u32 WARPS = SORT_THREADS / LANES;
     SHARED float scratch[WARPS];
     SHARED u32 of_warp[WARPS];
@@ -160,6 +162,7 @@ DEVICE void up_tile(const MoeUpArgs& a, u8* shared, const u8* w1, const u8* w3, 
 }
 
 KERNEL(moe_up, MoeUpArgs, THREADS) {
+    wait_for_previous();
     DYNAMIC_SHARED(u8, shared);
     if (blockIdx.y >= a.tile_count[0]) return;
     const u32* tile = a.tiles + (u64)blockIdx.y * 4;
@@ -168,6 +171,7 @@ KERNEL(moe_up, MoeUpArgs, THREADS) {
 }
 
 KERNEL(moe_up_shared, MoeUpArgs, THREADS) {
+    wait_for_previous();
     DYNAMIC_SHARED(u8, shared);
     u32 first = blockIdx.y * TILE_TOKENS;
     u32 count = a.rows - first < TILE_TOKENS ? a.rows - first : TILE_TOKENS;
@@ -175,6 +179,7 @@ KERNEL(moe_up_shared, MoeUpArgs, THREADS) {
 }
 
 KERNEL(moe_down, MoeDownArgs, THREADS) {
+    wait_for_previous();
     typedef TileShape<TILE_TOKENS, TILE_OUTS, TILE_WARPS_M, TILE_STAGES, WEIGHT_FP4, false> T;
     DYNAMIC_SHARED(u8, shared);
     if (blockIdx.y >= a.tile_count[0]) return;
@@ -221,6 +226,7 @@ KERNEL(moe_down, MoeDownArgs, THREADS) {
 }
 
 KERNEL(moe_sum, MoeSumArgs, SORT_THREADS) {
+    wait_for_previous();
     u32 quarters = a.outs / 4;
     u64 i = (u64)blockIdx.x * SORT_THREADS + threadIdx.x;
     if (i >= (u64)a.rows * quarters) return;

@@ -12,7 +12,6 @@ KERNEL(rms_norm, RmsNormArgs, THREADS) {
     SHARED float scratch[THREADS / LANES];
     constexpr int EACH = (COLS + THREADS - 1) / THREADS;
     u32 i = blockIdx.x;
-    release_next();
     // Weights come from far and do not depend on the kernel before.
     float w[EACH];
 #pragma unroll

@@ -97,7 +97,6 @@ DEVICE void load_bias(const float* from, float (&bias)[EACH]) {
 
 KERNEL(route, RouteArgs, THREADS) {
     u32 row = blockIdx.x * (THREADS / LANES) + warp_id();
-    release_next();
     // The bias is a weight: it may be read before the gate has finished.
     float bias[EACH];
     load_bias(a.bias, bias);
@@ -121,7 +120,6 @@ KERNEL(gate, GateArgs, GATE_THREADS) {
     SHARED u32 ticket;
     u32 t = threadIdx.x, lane = lane_id(), expert = blockIdx.x * EXPERTS;
     u32 first = blockIdx.y * ROWS, rows = a.count - first < ROWS ? a.count - first : ROWS;
-    release_next();
     // A thread keeps its weights in registers, asked for before x is there.
     uint4 w[EXPERTS][CHUNKS];
 #pragma unroll

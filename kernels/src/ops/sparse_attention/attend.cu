@@ -135,7 +135,6 @@ DEVICE void attend_block(const AttendArgs& a, Shared<16 * BLOCKS>* s) {
     int chunk0 = (int)(own0 % SLICE / 8);
     // Rows and pages were written before the step.
     List list = list_of(a, r);
-    release_next();
     u32 begin = blockIdx.x * list.each, end = begin + list.each < list.tiles ? begin + list.each : list.tiles;
     // Tiles before position 0 add nothing.
     u32 empty = list.row.position + 1 < WINDOW ? (WINDOW - 1 - list.row.position) / KEYS : 0;

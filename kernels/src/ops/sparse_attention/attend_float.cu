@@ -11,7 +11,6 @@ DEVICE void attend_head(const AttendArgs& a) {
     u32 r = blockIdx.y, head = blockIdx.z, lane = lane_id();
     List list = list_of(a, r);
     u32 begin = blockIdx.x * list.each, end = begin + list.each < list.tiles ? begin + list.each : list.tiles;
-    release_next();
     wait_for_previous();
     if (begin >= end) return;
     const float2* turns = a.turns + (u64)r * (ROPE / 2);
