@@ -14,7 +14,7 @@ use dsv4_kernels::collective::Collective;
 use dsv4_kernels::device::{Buffer, DeviceError, Gpu, HostMemory};
 use dsv4_kernels::gpu::kernels::Kernels;
 use dsv4_kernels::gpu::weights::{DeviceWeights, fill};
-use dsv4_kernels::gpu::{GpuBackend, GpuOptions, Reserved};
+use dsv4_kernels::gpu::{GpuBackend, GpuError, GpuOptions, Reserved};
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::tuning::Tuning;
 use dsv4_model::Tp;
@@ -200,6 +200,22 @@ impl Ready {
         let arena = Buffer::new(&gpu, artifact.arena_bytes(rank)?)?;
         let reserved = Reserved::new(Arc::clone(&gpu), opened.config.clone(), tp, numerics, options)?;
         Ok(Ready { gpu, tp, kernels, reserved, arena })
+    }
+
+    /// How the block-scaled kernels did when they were checked, a line each; none where the GPU has none.
+    pub fn verdicts(&self) -> String {
+        self.kernels.verdicts.iter().map(|verdict| format!("{verdict}\n")).collect()
+    }
+
+    /// Uses the block-scaled kernels only if those of all ranks have passed: they may round sums otherwise than the
+    /// portable ones, and what ranks replicate must be equal. Errors: another rank is lost.
+    pub fn agree(&mut self, collective: &mut dyn Collective) -> Result<(), RunError> {
+        let mut passed = [if self.kernels.is_native() { 1.0 } else { 0.0 }];
+        collective.all_reduce(&mut passed).map_err(GpuError::from)?;
+        if passed[0] < collective.size() as f32 {
+            self.kernels.drop_native();
+        }
+        Ok(())
     }
 
     /// Where the weights will be.

@@ -250,6 +250,9 @@ impl Opened {
     /// Whether a rank's file is here, whole and of this artifact; reads no weights, and ends the process when
     /// the disk stops answering. Errors: what is wrong with it.
     pub fn require_rank(&self, rank: u32) -> Result<(), FormatError> {
+        if let Some(seed) = self.artifact.weights_seed() {
+            return Err(FormatError::Weightless { path: self.artifact.path().to_path_buf(), seed });
+        }
         stall::guard(&self.artifact.rank_path(rank), &NoProgress, |_| self.artifact.rank_reader(rank).map(|_| ()))
     }
 

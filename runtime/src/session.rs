@@ -190,9 +190,15 @@ fn load_gpu(
         tell(&settings.compute.line(rank, &opened.artifact));
     }
     let options = GpuOptions { slots: 1, context, rows_max: rows_max(settings) as u32, solo: false, graphs: true };
-    let ready = Ready::new(opened, device.gpu.clone(), rank, settings.numerics, options)?;
+    let mut ready = Ready::new(opened, device.gpu.clone(), rank, settings.numerics, options)?;
+    if !settings.quiet {
+        tell(&ready.verdicts());
+    }
     // Whoever has too little memory says so before anybody reads gigabytes.
     meet(collective)?;
+    if let Some(collective) = collective {
+        ready.agree(collective)?;
+    }
     let (loaded, report) = ready.load(opened, &load_options(settings), progress)?;
     tell_loaded(settings, rank, &report);
     meet(collective)?;

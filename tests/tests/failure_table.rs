@@ -33,7 +33,8 @@ use std::time::{Duration, Instant};
 
 use dsv4_format::io::{DirectFile, ReadMode};
 use dsv4_format::{
-    Artifact, CommitInput, Digest, Draft, DraftOptions, KernelInput, RankLayout, SectionPlan, SourceId, TensorPlan,
+    Artifact, CommitInput, Digest, Draft, DraftOptions, FORMAT_VERSION, KernelInput, RankLayout, SectionPlan, SourceId,
+    TensorPlan,
 };
 use dsv4_run::ranks::{Deadlines, Token, connect};
 use dsv4_tests::artifacts::{Packed, Unwatched};
@@ -165,13 +166,13 @@ fn another_format_version() {
             open.write_all_at(&head, copy).unwrap();
         }
     };
-    for version in [0u32, 2, u32::MAX] {
-        let words = ["version is", &format!("{version}, expected 1")];
+    for version in [0, FORMAT_VERSION + 1, u32::MAX] {
+        let words = ["version is", &format!("{version}, expected {FORMAT_VERSION}")];
         let manifest = packed.path().join("MANIFEST");
         let set = |version: u32| head(&manifest, &[0], &|head| head[8..12].copy_from_slice(&version.to_le_bytes()));
         set(version);
         refused(packed.path(), &[&["MANIFEST"], &words[..]].concat());
-        set(1);
+        set(FORMAT_VERSION);
         // A superblock has a hash of its own, right for whatever it says.
         let rank = packed.path().join("rank1.weights");
         let tail = fs::metadata(&rank).unwrap().len() - 4096;
@@ -185,7 +186,7 @@ fn another_format_version() {
             };
             set(version);
             refused(packed.path(), &[&["rank1.weights"], &words[..]].concat());
-            set(1);
+            set(FORMAT_VERSION);
         }
     }
     accepted(packed.path());

@@ -250,6 +250,13 @@ impl GpuBackend {
         Ok(())
     }
 
+    /// Fills all caches with values of a plausible size, all different: the choice among entries takes longer where
+    /// many are equal. For measurements. Errors: the GPU's.
+    pub fn make_up_caches(&mut self) -> Result<(), GpuError> {
+        let (gpu, noise) = (self.stream.gpu().clone(), noise(self.act_bytes()));
+        Ok(self.state.buffers().into_iter().try_for_each(|buffer| repeat(gpu.as_ref(), buffer, &noise))?)
+    }
+
     /// Takes the trunk's caches of a sequence for filled up to `tokens`, whatever is in them. For measurements.
     pub fn assume_filled(&mut self, slot: u32, tokens: u32) {
         if let Some(Some(sequence)) = self.slots.get_mut(slot as usize) {
@@ -403,4 +410,30 @@ impl GpuBackend {
     fn activation(&self, buffer: &Buffer, cols: u32) -> Activation {
         Activation { at: buffer.at(), rows: self.current.rows, cols, parts: 0 }
     }
+}
+
+/// Values between -1 and 1, of `act_bytes` each; a whole number of no row, so that rows of repetitions differ.
+fn noise(act_bytes: u64) -> Vec<u8> {
+    let (mut state, mut out) = (0x9e37_79b9_7f4a_7c15u64, Vec::new());
+    while out.len() < (1 << 20) + 4 {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        let bits = ((state >> 40) as f32 / (1 << 23) as f32 - 1.0).to_bits();
+        match act_bytes {
+            2 => out.extend(((bits >> 16) as u16).to_le_bytes()),
+            _ => out.extend(bits.to_le_bytes()),
+        }
+    }
+    out
+}
+
+/// Fills a buffer with repetitions of some bytes.
+fn repeat(gpu: &dyn Gpu, buffer: &Buffer, bytes: &[u8]) -> Result<(), DeviceError> {
+    let mut done = buffer.bytes().min(bytes.len() as u64);
+    gpu.write(buffer.at(), &bytes[..done as usize])?;
+    while done < buffer.bytes() {
+        let more = done.min(buffer.bytes() - done);
+        gpu.copy(buffer.at() + done, buffer.at(), more)?;
+        done += more;
+    }
+    Ok(())
 }

@@ -36,6 +36,18 @@ impl Kernels {
         }
         Ok(())
     }
+
+    /// Whether long steps use the block-scaled kernels.
+    pub fn is_native(&self) -> bool {
+        self.long.as_ref().is_some_and(|long| long.native.is_some())
+    }
+
+    /// Forgets the block-scaled kernels: another rank's did not pass.
+    pub fn drop_native(&mut self) {
+        if let Some(long) = &mut self.long {
+            long.native = None;
+        }
+    }
 }
 
 /// Codes of `[rows, cols]` and, behind them, scales `[rows, cols / 128]`.

@@ -126,6 +126,16 @@ impl DeviceState {
         self.layers.iter().chain(&self.draft).map(layer).sum::<u64>() + self.pages.bytes()
     }
 
+    /// What rows of windows and entries lie in.
+    pub fn buffers(&self) -> Vec<&Buffer> {
+        let mut out = Vec::new();
+        for layer in self.layers.iter().chain(&self.draft) {
+            out.push(&layer.window);
+            out.extend([&layer.compressed, &layer.index].into_iter().flatten().map(|c| &c.entries));
+        }
+        out
+    }
+
     /// Caches of a block. Panics for the global one, which has none.
     pub fn layer(&self, block: Block) -> &DeviceLayer {
         match block {

@@ -65,6 +65,11 @@ impl Stream {
         }
     }
 
+    /// The GPU itself, past what is recorded.
+    pub fn gpu(&self) -> &Arc<dyn Gpu> {
+        &self.gpu
+    }
+
     /// Begins a step; with a key it is replayed, or recorded where that is possible.
     pub fn begin(&mut self, key: Option<Key>) -> Result<(), DeviceError> {
         self.discard()?;

@@ -114,7 +114,8 @@ pub fn run_bench(artifact: &Path, args: &BenchArgs) -> Result<(), RunError> {
         let what = format!("{} tokens in a sequence, expected at most the model's {model}", plan.context());
         return usage(what, "give smaller --context, --depth or --chunk");
     }
-    let source = args.weights_seed.map_or(Source::File, Source::Seed);
+    let seed = args.weights_seed.or(opened.artifact.weights_seed());
+    let source = seed.map_or(Source::File, Source::Seed);
     if matches!(source, Source::File) {
         opened.require_rank(args.rank)?;
     }
@@ -187,11 +188,13 @@ pub fn measure(
             loaded
         }
     };
+    let mut backend = loaded.backend(Box::new(Alone));
+    backend.make_up_caches()?;
     let mut bench = Bench {
         model: Model::new(&opened.config),
         config: &opened.config,
         tp,
-        backend: loaded.backend(Box::new(Alone)),
+        backend,
         watched,
         copy_rate,
         mark_seconds,
