@@ -159,6 +159,15 @@ impl Gpu for Posing {
         let Image::Cubin(bytes) = image else { panic!("kernels come as cubins") };
         self.gpu.load(&Image::Library(PathBuf::from(OsStr::from_bytes(bytes))), kernels)
     }
+    fn allow_overlap(&self, kernels: &[Kernel]) {
+        self.gpu.allow_overlap(kernels);
+    }
+    fn set_overlap(&self, on: bool) {
+        self.gpu.set_overlap(on);
+    }
+    fn overlaps(&self) -> bool {
+        self.gpu.overlaps()
+    }
     fn launch(&self, kernel: Kernel, shape: Launch, args: &[u8]) -> Result<(), DeviceError> {
         self.gpu.launch(kernel, shape, args)
     }

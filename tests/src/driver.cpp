@@ -55,4 +55,5 @@ R cuModuleUnload(H) { return 0; }
 R cuModuleGetFunction(H* function, H, const char*) { *function = (H)7; return 0; }
 R cuFuncSetAttribute(H, int, int) { return 0; }
 R cuLaunchKernel(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void**, void**) { return 0; }
+R cuLaunchKernelEx(const void*, H, void**, void**) { return 0; }
 }

@@ -10,8 +10,8 @@
 //! | rank file of another artifact, or cut for another number of ranks | [`a_rank_file_of_another_artifact`], [`a_rank_file_of_another_tp`]; over the network: `faults.rs` |
 //! | another format version | [`another_format_version`]; of a peer: `runtime/src/ranks/tests`, `compiler/tests/compiler/push.rs` |
 //! | another contract between packer and runtime | [`another_op_contract`] |
-//! | wrong architecture, driver too old | not here: needs a GPU. Judged on recorded machines: `preflight.rs`, `runtime/src/preflight` |
-//! | kernel file, or part of it, missing | [`a_kernel_file_that_is_missing_or_cut`]. A key that the runtime looks up in vain: not here, the CPU backend asks for none |
+//! | wrong architecture, driver too old | `cuda_runtime.rs`, with a driver made for it; on recorded machines: `preflight.rs`, `runtime/src/preflight` |
+//! | kernel file, or part of it, missing | [`a_kernel_file_that_is_missing_or_cut`]. A key that the runtime looks up in vain: `cuda_runtime.rs` |
 //! | disk full | `faults.rs`, `compiler/tests/compiler/{pack,push,synth}.rs` |
 //! | SIGKILL in pack | [`a_pack_that_is_killed`]; in push and receive: `compiler/tests/compiler/push.rs`. Power loss: not here, needs a disk that forgets |
 //! | SIGKILL in load, and what stays | `cycles.rs` |

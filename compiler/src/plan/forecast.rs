@@ -209,9 +209,8 @@ impl Forecast {
 
     fn memory_text(&self) -> String {
         let m = &self.memory;
-        let designed = if m.asked.target == Target::Cuda { " as designed" } else { "" };
         let mut out = format!(
-            "\nmemory of each rank, one to a machine: {} backend{designed}, {} tokens of context, {} sequence(s), \
+            "\nmemory of each rank, one to a machine: {} backend, {} tokens of context, {} sequence(s), \
              chunks of {}, {} threads:\n",
             m.asked.target.name(),
             m.asked.context,

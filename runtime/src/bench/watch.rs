@@ -129,6 +129,15 @@ impl Gpu for Watched {
         self.state().names.extend(names);
         Ok(loaded)
     }
+    fn allow_overlap(&self, kernels: &[Kernel]) {
+        self.gpu.allow_overlap(kernels);
+    }
+    fn set_overlap(&self, on: bool) {
+        self.gpu.set_overlap(on);
+    }
+    fn overlaps(&self) -> bool {
+        self.gpu.overlaps()
+    }
     fn launch(&self, kernel: Kernel, shape: Launch, args: &[u8]) -> Result<(), DeviceError> {
         let mut state = self.state();
         let Some(launches) = &mut state.launches else {
