@@ -115,6 +115,11 @@ fn at_once(experts: Experts, rows: u32, numerics: Numerics) -> u32 {
 pub fn unit(experts: Experts, rows: u32, point: MoePoint, numerics: Numerics) -> Unit {
     assert!(matches!(rows, 1 | 2 | 4 | 8), "moe of {rows} rows");
     assert!(experts.hidden.is_multiple_of(64) && experts.inner.is_multiple_of(64), "moe of {experts:?}");
+    // Float32 sums need more registers than 64 (NVRTC 13.0.88, sm_90a: 16 of them would be spilled).
+    let blocks = match numerics {
+        Numerics::Published => resident(point.warps, point.depth_of(rows), rows),
+        Numerics::Float => (24 / point.warps).max(1),
+    };
     Unit {
         family: "moe_decode",
         source: with_stream!("../moe_gemm/decode.cu"),
@@ -127,7 +132,7 @@ pub fn unit(experts: Experts, rows: u32, point: MoePoint, numerics: Numerics) ->
             define("GROUP", at_once(experts, rows, numerics)),
             define("K", experts.chosen),
             published(numerics),
-            define("RESIDENT", resident(point.warps, point.depth_of(rows), rows)),
+            define("RESIDENT", blocks),
             define("ROWS", rows),
             define("SHARE", at_once(experts, rows, numerics)),
             define("THREADS", point.warps * 32),
