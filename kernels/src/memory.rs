@@ -10,7 +10,7 @@ use dsv4_model::cache::PAGE_TOKENS;
 use dsv4_model::tensors::{layers, table};
 use dsv4_model::{Block, Kind, ModelConfig, ModelError, Tp};
 
-use crate::gpu::kernels::Shape;
+use crate::gpu::shape::Shape;
 use crate::gpu::state::StateSize;
 use crate::gpu::workspace::{Need, Workspace};
 use crate::numerics::Numerics;

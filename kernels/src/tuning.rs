@@ -14,7 +14,7 @@ use dsv4_model::layout::Format;
 /// Why a table is refused.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "tuning table: expected {expected}, found {found}\n  help: make a new one with `dsv4c tune`, or pack without it"
+    "tuning table: expected {expected}, found {found}\n  help: compile by another with `dsv4c kernels ART --tuning FILE`, or by this program's without it"
 )]
 pub struct TuningError {
     /// What it must be.
@@ -69,19 +69,27 @@ impl Tuning {
         let table: Tuning = toml::from_str(text)
             .map_err(|e| TuningError { expected: "a table of this version".into(), found: e.to_string() })?;
         let legal = [
+            ("arch", is_arch(&table.arch)),
             ("gemv", table.gemv.legal()),
+            ("moe", table.moe.is_bounded()),
             ("gemm_fp8", table.gemm_fp8.legal(Format::Fp8)),
             ("gemm_bf16", table.gemm_bf16.legal(Format::Bf16)),
             ("experts", prefill::legal(table.experts)),
         ];
         for (name, legal) in legal {
             if !legal {
-                let expected = format!("a point of {name} that compiles");
+                let expected = format!("{name} that kernels can be compiled for");
                 return Err(TuningError { expected, found: text.trim().replace('\n', ", ") });
             }
         }
         Ok(table)
     }
+}
+
+/// Whether compilers may name an architecture so.
+fn is_arch(name: &str) -> bool {
+    let digits = name.strip_prefix("sm_").map(|rest| rest.trim_end_matches(['a', 'f']));
+    digits.is_some_and(|d| (2..=3).contains(&d.len()) && d.bytes().all(|b| b.is_ascii_digit()))
 }
 
 #[cfg(test)]
@@ -96,9 +104,37 @@ mod tests {
 
     #[test]
     fn what_cannot_be_compiled_is_refused() {
-        let table = Tuning { gemv: GemvPoint { warps: 7, ..GemvPoint::DEFAULT }, ..Tuning::untuned("sm_90a") };
-        assert!(Tuning::parse(&table.text()).unwrap_err().to_string().contains("gemv"));
-        let table = Tuning::untuned("sm_90a").text() + "colour = 3\n";
-        assert!(Tuning::parse(&table).unwrap_err().to_string().contains("colour"));
+        let good = Tuning::untuned("sm_90a");
+        let wrong = |table: Tuning, name: &str| {
+            let error = Tuning::parse(&table.text()).unwrap_err().to_string();
+            assert!(error.contains(&format!("expected {name} that")), "{error}");
+        };
+        wrong(Tuning { arch: "sm_90a\n".into(), ..good.clone() }, "arch");
+        wrong(Tuning { gemv: GemvPoint { warps: 7, ..good.gemv }, ..good.clone() }, "gemv");
+        wrong(Tuning { moe: MoePoint { warps: 7, ..good.moe }, ..good.clone() }, "moe");
+        wrong(Tuning { moe: MoePoint { ahead: 5, ..good.moe }, ..good.clone() }, "moe");
+        let error = Tuning::parse(&(good.text() + "colour = 3\n")).unwrap_err().to_string();
+        assert!(error.contains("colour"), "{error}");
+        // Every number of every point, too large for any sum or product of it.
+        for (name, of) in [("gemm_fp8", good.gemm_fp8), ("gemm_bf16", good.gemm_bf16), ("experts", good.experts)] {
+            for huge in [u32::MAX, 1 << 28] {
+                let points = [
+                    GemmPoint { tokens: huge, ..of },
+                    GemmPoint { outs: huge / 64 * 64, ..of },
+                    GemmPoint { warps_m: huge, ..of },
+                    GemmPoint { stages: huge, ..of },
+                    GemmPoint { group: huge, ..of },
+                ];
+                for point in points {
+                    let mut table = good.clone();
+                    *match name {
+                        "gemm_fp8" => &mut table.gemm_fp8,
+                        "gemm_bf16" => &mut table.gemm_bf16,
+                        _ => &mut table.experts,
+                    } = point;
+                    wrong(table, name);
+                }
+            }
+        }
     }
 }

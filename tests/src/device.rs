@@ -10,7 +10,8 @@ use dsv4_kernels::device::cuda::Cuda;
 use dsv4_kernels::device::emulated::{self, Emulated};
 use dsv4_kernels::device::nvrtc::Nvrtc;
 use dsv4_kernels::device::unit::{Image, Unit};
-use dsv4_kernels::device::{DeviceError, Facts, Gpu, Graph, Kernel, Launch, Mark};
+use dsv4_kernels::device::{DeviceError, Facts, Gpu, Kernel};
+use dsv4_kernels::forward_gpu;
 use dsv4_kernels::gpu::kernels::Kernels;
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::tuning::Tuning;
@@ -137,56 +138,12 @@ impl Gpu for Posing {
     fn facts(&self) -> &Facts {
         &self.facts
     }
-    fn alloc(&self, bytes: u64) -> Result<u64, DeviceError> {
-        self.gpu.alloc(bytes)
-    }
-    fn free(&self, at: u64) {
-        self.gpu.free(at);
-    }
-    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), DeviceError> {
-        self.gpu.write(at, bytes)
-    }
-    fn read(&self, at: u64, out: &mut [u8]) -> Result<(), DeviceError> {
-        self.gpu.read(at, out)
-    }
-    fn fill(&self, at: u64, byte: u8, bytes: u64) -> Result<(), DeviceError> {
-        self.gpu.fill(at, byte, bytes)
-    }
-    fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), DeviceError> {
-        self.gpu.copy(to, from, bytes)
-    }
     fn load(&self, image: &Image, kernels: &[(&str, u32)]) -> Result<Vec<Kernel>, DeviceError> {
         let Image::Cubin(bytes) = image else { panic!("kernels come as cubins") };
         self.gpu.load(&Image::Library(PathBuf::from(OsStr::from_bytes(bytes))), kernels)
     }
-    fn allow_overlap(&self, kernels: &[Kernel]) {
-        self.gpu.allow_overlap(kernels);
-    }
-    fn set_overlap(&self, on: bool) {
-        self.gpu.set_overlap(on);
-    }
-    fn overlaps(&self) -> bool {
-        self.gpu.overlaps()
-    }
-    fn launch(&self, kernel: Kernel, shape: Launch, args: &[u8]) -> Result<(), DeviceError> {
-        self.gpu.launch(kernel, shape, args)
-    }
-    fn sync(&self) -> Result<(), DeviceError> {
-        self.gpu.sync()
-    }
-    fn begin_capture(&self) -> Result<bool, DeviceError> {
-        self.gpu.begin_capture()
-    }
-    fn end_capture(&self) -> Result<Graph, DeviceError> {
-        self.gpu.end_capture()
-    }
-    fn replay(&self, graph: Graph) -> Result<(), DeviceError> {
-        self.gpu.replay(graph)
-    }
-    fn mark(&self) -> Result<Mark, DeviceError> {
-        self.gpu.mark()
-    }
-    fn seconds_between(&self, from: Mark, to: Mark) -> Result<f64, DeviceError> {
-        self.gpu.seconds_between(from, to)
+    forward_gpu! {
+        alloc free write read fill copy allow_overlap set_overlap overlaps launch sync begin_capture end_capture
+        abort_capture replay forget_graph mark seconds_between forget_marks memory host send is_sent
     }
 }

@@ -106,18 +106,6 @@ DEVICE float block_sum(float v, float* scratch) {
     for (int w = 0; w < WARPS; w++) sum += scratch[w];
     return sum;
 }
-template <int THREADS>
-DEVICE float block_max(float v, float* scratch) {
-    constexpr int WARPS = THREADS / LANES;
-    v = warp_max(v);
-    sync_block();
-    if (lane_id() == 0) scratch[warp_id()] = v;
-    sync_block();
-    float best = scratch[0];
-#pragma unroll
-    for (int w = 1; w < WARPS; w++) best = scratch[w] > best ? scratch[w] : best;
-    return best;
-}
 
 // Several values at once: 16 bytes of float32 or bfloat16 (8 bytes for four bfloat16), aligned to that.
 DEVICE void load4(const float* at, float (&v)[4]) {
@@ -133,7 +121,8 @@ DEVICE void widen_bf16x2(u32 w, float& lo, float& hi) {
     lo = float_of(w << 16);
     hi = float_of(w & 0xffff0000u);
 }
-DEVICE u32 narrow_bf16x2(float lo, float hi) { return to_bf16(lo) | (u32)to_bf16(hi) << 16; }
+// Two bfloat16 in a word, the lower one first.
+DEVICE u32 pack_bf16x2(float lo, float hi) { return to_bf16(lo) | (u32)to_bf16(hi) << 16; }
 DEVICE void load4(const u16* at, float (&v)[4]) {
     uint2 w = *reinterpret_cast<const uint2*>(at);
     widen_bf16x2(w.x, v[0], v[1]);
@@ -141,7 +130,7 @@ DEVICE void load4(const u16* at, float (&v)[4]) {
 }
 DEVICE void store4(u16* at, const float (&v)[4]) {
     uint2 w;
-    w.x = narrow_bf16x2(v[0], v[1]), w.y = narrow_bf16x2(v[2], v[3]);
+    w.x = pack_bf16x2(v[0], v[1]), w.y = pack_bf16x2(v[2], v[3]);
     *reinterpret_cast<uint2*>(at) = w;
 }
 DEVICE void load8(const float* at, float (&v)[8]) {
@@ -165,7 +154,7 @@ DEVICE void load8(const u16* at, float (&v)[8]) {
 }
 DEVICE void store8(u16* at, const float (&v)[8]) {
     uint4 w;
-    w.x = narrow_bf16x2(v[0], v[1]), w.y = narrow_bf16x2(v[2], v[3]);
-    w.z = narrow_bf16x2(v[4], v[5]), w.w = narrow_bf16x2(v[6], v[7]);
+    w.x = pack_bf16x2(v[0], v[1]), w.y = pack_bf16x2(v[2], v[3]);
+    w.z = pack_bf16x2(v[4], v[5]), w.w = pack_bf16x2(v[6], v[7]);
     *reinterpret_cast<uint4*>(at) = w;
 }

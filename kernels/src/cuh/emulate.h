@@ -96,6 +96,8 @@ struct Block {
     Warp warps[THREADS_MAX / WARP];
     Copies copies[THREADS_MAX];
     unsigned threads, current, waiting, alive;
+    // One of its threads has waited for the kernel ahead.
+    bool waited;
     uint3 index, grid;
     void* scheduler;
     char* stacks;
@@ -229,6 +231,7 @@ inline int fail(const char* what) {
 inline int run_block(Block& b, size_t shared) {
     b.waiting = 0;
     b.alive = b.threads;
+    b.waited = false;
     for (unsigned w = 0; w * WARP < b.threads; w++) b.warps[w] = Warp{0, lanes_of(b, w), {}, 0};
     // NaN: what is not written must not be used.
     memset(b.shared, 0xff, shared);
@@ -242,7 +245,6 @@ inline int run_block(Block& b, size_t shared) {
         b.copies[i].pending.clear();
         b.copies[i].group = 0;
     }
-    unsigned left = b.threads;
     while (b.alive) {
         bool ran = false;
         for (unsigned i = 0; i < b.threads; i++) {
@@ -253,7 +255,8 @@ inline int run_block(Block& b, size_t shared) {
         }
         if (!ran) return fail("threads wait at a barrier that others never reach");
     }
-    (void)left;
+    // It would end the chain of those that wait for one another.
+    if (!b.waited) return fail("a block ends that has not waited for the kernel ahead");
     return 0;
 }
 

@@ -13,6 +13,7 @@ DEVICE uint4 load_stream(const void* at) {
     return v;
 }
 DEVICE u32 load_near1(const void* at) { return *static_cast<const u8*>(at); }
+DEVICE u32 load_byte(const void* at) { return *static_cast<const u8*>(at); }
 DEVICE u32 load_fresh(const u32* at) { return *at; }
 DEVICE void copy_async4(void* to, const void* from) { emu::copy_later(to, from, 4); }
 DEVICE void copy_async16(void* to, const void* from) { emu::copy_later(to, from, 16); }
@@ -37,7 +38,7 @@ DEVICE void copy_wait() {
 }
 DEVICE void prefetch_l2(const void*, u32) {}
 DEVICE void prefetch_l2(const void*) {}
-DEVICE void wait_for_previous() {}
+DEVICE void wait_for_previous() { emu::block().waited = true; }
 DEVICE float reciprocal_near(float x) { return 1.0f / x; }
 
 DEVICE u32 pack_half2(float lo, float hi) {
@@ -53,10 +54,6 @@ DEVICE float half_bits(u16 x) {
     return (float)h;
 }
 DEVICE float2 unpack_half2(u32 v) { return float2{half_bits((u16)v), half_bits((u16)(v >> 16))}; }
-DEVICE u32 mul_half2(u32 a, u32 b) {
-    float2 x = unpack_half2(a), y = unpack_half2(b);
-    return pack_half2(x.x * y.x, x.y * y.y);
-}
 DEVICE float e4m3_bits(u8 code) {
     u32 magnitude = code & 0x7f;
     float v = magnitude >> 3 ? ldexpf(1.0f + (magnitude & 7) / 8.0f, (int)(magnitude >> 3) - 7)
@@ -151,6 +148,12 @@ DEVICE u32 load_near1(const void* at) {
     asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(at));
     return v;
 }
+// The same of a byte that an earlier kernel has written: it may have run beside this one.
+DEVICE u32 load_byte(const void* at) {
+    u32 v;
+    asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
 // A word as the L2 cache has it, whatever the L1 cache has kept of an earlier kernel's time.
 DEVICE u32 load_fresh(const u32* at) {
     u32 v;
@@ -197,12 +200,12 @@ DEVICE void prefetch_l2(const void* at, u32 bytes) {
 // The line of 128 bytes at an address.
 DEVICE void prefetch_l2(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 // Programmatic launch. Nothing that an earlier kernel writes is read before the wait; it ends when the kernel ahead has
-// ended, which has waited as well, and so on: every block waits, also where it has nothing to do. Only then may the next
-// one start: with more than one launch ahead they take each other's cache (H100: a step of 8 layers 1.12 ms so, 1.37 ms
-// with the start released before the wait).
-DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory"); }
-// The next kernel may start once every block has come here or has ended: what it does before its own wait runs beside
-// this one.
+// ended, which has waited as well, and so on: every block waits, also where it has nothing to do. Only then may the
+// next one start: with more than one launch ahead they take each other's cache (H100: a step of 8 layers 1.12 ms so,
+// 1.37 ms with the start released before the wait).
+DEVICE void wait_for_previous() {
+    asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+}
 // 1 / x within one unit in the last place, for normal results.
 DEVICE float reciprocal_near(float x) {
     float y;
@@ -219,11 +222,6 @@ DEVICE float2 unpack_half2(u32 v) {
     float2 f;
     asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(f.x), "=f"(f.y) : "r"(v));
     return f;
-}
-DEVICE u32 mul_half2(u32 a, u32 b) {
-    u32 v;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-    return v;
 }
 // Two E4M3 codes to two halves; exact.
 DEVICE u32 half2_of_e4m3x2(u16 codes) {
@@ -272,9 +270,6 @@ DEVICE void load_matrix_x4_trans(u32 (&r)[4], const void* row) {
 }
 #endif
 
-// Two bfloat16 in a word, the lower one first.
-DEVICE u32 pack_bf16x2(float lo, float hi) { return to_bf16(lo) | (u32)to_bf16(hi) << 16; }
-
 // The E2M1 codes in bits 0..3 and 16..19 of a word as halves times 2^-14: exact, also the subnormal 0.5.
 // Four words come from eight packed codes c0..c7 (c0 in the lowest nibble): shift right by 0, 4, 8 and 12 gives
 // the pairs (c0, c4), (c1, c5), (c2, c6), (c3, c7).
@@ -284,7 +279,6 @@ DEVICE u32 half2_of_e2m1(u32 word) { return (word & 0x00070007u) << 9 | (word & 
 
 // Two E4M3 codes (bits 0..7 and 16..23 of a word) as bfloat16 times 2^-120; exact.
 DEVICE u32 bf16x2_of_e4m3(u32 word) { return (word & 0x007f007fu) << 4 | (word & 0x00800080u) << 8; }
-#define E4M3_BF16_SCALE 0x7b807b80u  // 2^120, twice, as bfloat16
 
 // Last arrivers and single launches of what used to be several.
 #ifdef DSV4_EMULATED

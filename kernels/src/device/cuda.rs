@@ -16,7 +16,7 @@ use cudarc::driver::sys::{
 
 use crate::device::args::ARGS_BYTES_MAX;
 use crate::device::unit::Image;
-use crate::device::{DeviceError, DeviceMemory, Facts, Gpu, Graph, HostMemory, Kernel, Launch, Mark};
+use crate::device::{DeviceError, DeviceMemory, Facts, Gpu, Graph, HostMemory, Kernel, Launch, Mark, cubin};
 
 /// The oldest driver whose cubin loader knows what NVRTC 13 writes (CUDA 13.0).
 const DRIVER_MIN: i32 = 13_000;
@@ -43,7 +43,8 @@ struct Handles {
     kernels: Vec<sys::CUfunction>,
     /// Those that wait by themselves for what is ahead of them.
     early: HashSet<Kernel>,
-    graphs: Vec<sys::CUgraphExec>,
+    /// Nothing where one was forgotten.
+    graphs: Vec<Option<sys::CUgraphExec>>,
     events: Vec<sys::CUevent>,
     /// How many of the events are marks; the rest were.
     marks: usize,
@@ -73,6 +74,10 @@ fn failed(call: &'static str) -> impl Fn(DriverError) -> DeviceError {
         };
         DeviceError::Driver { call, reason: name, help }
     }
+}
+
+fn misused(call: &'static str, reason: &str) -> DeviceError {
+    DeviceError::Driver { call, reason: reason.into(), help: "this is a fault of this program; report it" }
 }
 
 /// Starts the driver; how many GPUs it shows.
@@ -144,6 +149,14 @@ impl Cuda {
         self.handles.lock().unwrap_or_else(|p| p.into_inner())
     }
 
+    /// The driver would spoil the recording, or keep addresses of what is copied in it.
+    fn refuse_recording(&self, call: &'static str) -> Result<(), DeviceError> {
+        match self.handles().recording {
+            false => Ok(()),
+            true => Err(misused(call, "not while launches are recorded")),
+        }
+    }
+
     fn enter(&self) -> Result<(), DeviceError> {
         // SAFETY: the context is retained until drop.
         unsafe { result::ctx::set_current(self.context) }.map_err(failed("cuCtxSetCurrent"))
@@ -169,12 +182,14 @@ impl Gpu for Cuda {
     }
 
     fn write(&self, at: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        self.refuse_recording("write")?;
         self.enter()?;
         // SAFETY: pageable memory is staged before the call returns.
         unsafe { result::memcpy_htod_async(at, bytes, self.stream) }.map_err(failed("cuMemcpyHtoDAsync"))
     }
 
     fn read(&self, at: u64, out: &mut [u8]) -> Result<(), DeviceError> {
+        self.refuse_recording("read")?;
         self.enter()?;
         // SAFETY: `out` outlives the copy, which has ended after the synchronisation.
         unsafe { result::memcpy_dtoh_async(out, at, self.stream) }.map_err(failed("cuMemcpyDtoHAsync"))?;
@@ -182,12 +197,14 @@ impl Gpu for Cuda {
     }
 
     fn fill(&self, at: u64, byte: u8, bytes: u64) -> Result<(), DeviceError> {
+        self.refuse_recording("fill")?;
         self.enter()?;
         // SAFETY: callers fill inside buffers they hold.
         unsafe { result::memset_d8_async(at, byte, bytes as usize, self.stream) }.map_err(failed("cuMemsetD8Async"))
     }
 
     fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), DeviceError> {
+        self.refuse_recording("copy")?;
         self.enter()?;
         // SAFETY: callers copy between buffers they hold, in the order of the stream.
         unsafe { result::memcpy_dtod_async(to, from, bytes as usize, self.stream) }.map_err(failed("cuMemcpyDtoDAsync"))
@@ -198,7 +215,11 @@ impl Gpu for Cuda {
         let Image::Cubin(bytes) = image else {
             return Err(DeviceError::NoKernel { kernel: "any".into(), unit: "a library of the emulator".into() });
         };
-        // SAFETY: a whole ELF file, whose hash was checked; the driver copies it.
+        // The driver gets no length, and takes what is no ELF file for a text to be compiled.
+        if !cubin::is_whole(bytes) {
+            return Err(DeviceError::NoKernel { kernel: "any".into(), unit: "what is no whole ELF file".into() });
+        }
+        // SAFETY: a whole ELF file; the driver copies it.
         let module = unsafe { result::module::load_data(bytes.as_ptr().cast()) }.map_err(failed("cuModuleLoadData"))?;
         let mut handles = self.handles();
         handles.modules.push(module);
@@ -278,6 +299,7 @@ impl Gpu for Cuda {
     }
 
     fn sync(&self) -> Result<(), DeviceError> {
+        self.refuse_recording("sync")?;
         self.enter()?;
         // SAFETY: the stream lives until drop.
         unsafe { result::stream::synchronize(self.stream) }.map_err(failed("cuStreamSynchronize"))
@@ -302,15 +324,37 @@ impl Gpu for Cuda {
         // SAFETY: as above.
         let _ = unsafe { result::graph::destroy(graph) };
         let mut handles = self.handles();
-        handles.graphs.push(ready.map_err(failed("cuGraphInstantiate"))?);
+        handles.graphs.push(Some(ready.map_err(failed("cuGraphInstantiate"))?));
         Ok(Graph(handles.graphs.len() - 1))
     }
 
-    fn replay(&self, graph: Graph) -> Result<(), DeviceError> {
+    fn abort_capture(&self) -> Result<(), DeviceError> {
         self.enter()?;
-        let ready = self.handles().graphs[graph.0];
+        self.handles().recording = false;
+        // SAFETY: a capture was begun on this stream.
+        match unsafe { result::stream::end_capture(self.stream) } {
+            // SAFETY: the graph is whole, and nothing came of it.
+            Ok(graph) => unsafe { result::graph::destroy(graph) }.map_err(failed("cuGraphDestroy")),
+            // What was not to be recorded ended it before: that is forgotten with it.
+            Err(e) if e.0 == CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED => Ok(()),
+            Err(e) => Err(failed("cuStreamEndCapture")(e)),
+        }
+    }
+
+    fn replay(&self, graph: Graph) -> Result<(), DeviceError> {
+        self.refuse_recording("replay")?;
+        self.enter()?;
+        let ready = self.handles().graphs[graph.0].ok_or_else(|| misused("replay", "the recording is forgotten"))?;
         // SAFETY: instantiated and kept until drop; its buffers are those of the step, which live as long.
         unsafe { result::graph::launch(ready, self.stream) }.map_err(failed("cuGraphLaunch"))
+    }
+
+    fn forget_graph(&self, graph: Graph) -> Result<(), DeviceError> {
+        self.enter()?;
+        let ready = self.handles().graphs[graph.0].take();
+        let ready = ready.ok_or_else(|| misused("forget_graph", "the recording is forgotten already"))?;
+        // SAFETY: destroyed once; the driver lets a replay that is under way come to its end.
+        unsafe { result::graph::exec_destroy(ready) }.map_err(failed("cuGraphExecDestroy"))
     }
 
     fn mark(&self) -> Result<Mark, DeviceError> {
@@ -365,11 +409,16 @@ impl Gpu for Cuda {
 
     fn send(&self, from: &HostMemory, len: usize, to: u64) -> Result<(), DeviceError> {
         let Some(pin) = from.pin() else { return self.write(to, &from[..len]) };
+        self.refuse_recording("send")?;
         self.enter()?;
         // SAFETY: the memory is pinned, and its owner leaves it as it is until `is_sent`; dropping it waits.
         unsafe { result::memcpy_htod_async(to, &from[..len], self.stream) }.map_err(failed("cuMemcpyHtoDAsync"))?;
         // SAFETY: the event lives as long as the memory.
-        unsafe { result::event::record(pin.event, self.stream) }.map_err(failed("cuEventRecord"))
+        unsafe { result::event::record(pin.event, self.stream) }.or_else(|e| {
+            // Nothing would say when the copy is done: it is, after this.
+            self.sync()?;
+            Err(failed("cuEventRecord")(e))
+        })
     }
 
     fn is_sent(&self, from: &HostMemory, wait: bool) -> Result<bool, DeviceError> {
@@ -447,7 +496,7 @@ impl Drop for Cuda {
         // SAFETY: everything is freed once, after the stream is done with it; errors have nowhere to go.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
-            for graph in handles.graphs {
+            for graph in handles.graphs.into_iter().flatten() {
                 let _ = result::graph::exec_destroy(graph);
             }
             for event in handles.events {

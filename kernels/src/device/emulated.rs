@@ -40,7 +40,8 @@ struct State {
     marks: Vec<Instant>,
     /// Launches of the recording that was begun.
     recording: Option<Vec<Recorded>>,
-    graphs: Vec<Arc<[Recorded]>>,
+    /// Nothing where one was forgotten.
+    graphs: Vec<Option<Arc<[Recorded]>>>,
 }
 
 /// A launch of a graph.
@@ -219,6 +220,7 @@ impl Gpu for Emulated {
     }
 
     fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), DeviceError> {
+        self.refuse_recording("copy")?;
         // SAFETY: callers copy between buffers they hold; launches have ended.
         unsafe { (to as *mut u8).copy_from(from as *const u8, bytes as usize) };
         Ok(())
@@ -267,20 +269,35 @@ impl Gpu for Emulated {
     fn end_capture(&self) -> Result<Graph, DeviceError> {
         let mut state = self.state();
         let launches = state.recording.take().ok_or_else(|| misused("end_capture", "nothing is being recorded"))?;
-        state.graphs.push(launches.into());
+        state.graphs.push(Some(launches.into()));
         Ok(Graph(state.graphs.len() - 1))
+    }
+
+    fn abort_capture(&self) -> Result<(), DeviceError> {
+        let recorded = self.state().recording.take();
+        recorded.map(|_| ()).ok_or_else(|| misused("abort_capture", "nothing is being recorded"))
     }
 
     fn replay(&self, graph: Graph) -> Result<(), DeviceError> {
         self.refuse_recording("replay")?;
-        let launches = Arc::clone(&self.state().graphs[graph.0]);
+        let launches = self.state().graphs[graph.0].clone();
+        let launches = launches.ok_or_else(|| misused("replay", "the recording is forgotten"))?;
         launches.iter().try_for_each(|l| self.run(l.kernel, l.shape, &l.args))
+    }
+
+    fn forget_graph(&self, graph: Graph) -> Result<(), DeviceError> {
+        let forgotten = self.state().graphs[graph.0].take();
+        forgotten.map(|_| ()).ok_or_else(|| misused("forget_graph", "the recording is forgotten already"))
     }
 
     fn mark(&self) -> Result<Mark, DeviceError> {
         let mut state = self.state();
         state.marks.push(Instant::now());
         Ok(Mark(state.marks.len() - 1))
+    }
+
+    fn forget_marks(&self) {
+        self.state().marks.clear();
     }
 
     fn seconds_between(&self, from: Mark, to: Mark) -> Result<f64, DeviceError> {

@@ -6,9 +6,11 @@
 //! structs for both sides.
 
 pub mod args;
+mod cubin;
 pub mod cuda;
 pub mod emulated;
 pub mod error;
+mod forward;
 pub mod host;
 pub mod nvrtc;
 pub mod rows;
@@ -82,7 +84,7 @@ impl Launch {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Kernel(pub(crate) usize);
 
-/// A recorded sequence of launches; lives as long as its GPU.
+/// A recorded sequence of launches; lives until it is forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Graph(pub(crate) usize);
 
@@ -121,12 +123,17 @@ pub trait Gpu: Send + Sync {
     fn launch(&self, kernel: Kernel, shape: Launch, args: &[u8]) -> Result<(), DeviceError>;
     /// Waits for everything launched so far. Errors: what went wrong in a kernel.
     fn sync(&self) -> Result<(), DeviceError>;
-    /// Records the launches from here on instead of running them; false where nothing can be recorded.
+    /// Records the launches from here on instead of running them; false where nothing can be recorded. Until it has
+    /// ended nothing but launches and marks is possible.
     fn begin_capture(&self) -> Result<bool, DeviceError>;
     /// Ends recording.
     fn end_capture(&self) -> Result<Graph, DeviceError>;
+    /// Ends recording and forgets what was recorded, also where that went wrong.
+    fn abort_capture(&self) -> Result<(), DeviceError>;
     /// Runs a recording.
     fn replay(&self, graph: Graph) -> Result<(), DeviceError>;
+    /// Forgets a recording, which is not replayed after this; one that is running is run to its end.
+    fn forget_graph(&self, graph: Graph) -> Result<(), DeviceError>;
     /// Marks this moment in the stream.
     fn mark(&self) -> Result<Mark, DeviceError>;
     /// Time between two marks; waits for everything launched so far.

@@ -1,22 +1,17 @@
 //! Which kernels a rank needs: the same walk compiles them at pack time and loads them at start.
 
-use std::path::Path;
-
-use dsv4_model::cache::PAGE_TOKENS;
 use dsv4_model::layout::Format;
 use dsv4_model::tensors::{draft_stages, layers};
 use dsv4_model::{ModelConfig, Tp};
-use rayon::prelude::*;
 
-use crate::device::nvrtc::Nvrtc;
 use crate::device::unit::{Image, Unit};
-use crate::device::{DeviceError, Gpu, Kernel, emulated};
-use crate::gpu::state;
+use crate::device::{DeviceError, Gpu, Kernel};
+use crate::gpu::shape::{Shape, hc_shape};
 use crate::numerics::Numerics;
 use crate::ops::dense_gemm::gemm::{self, GemmPoint};
 use crate::ops::dense_gemm::gemv::{self, Gemv};
 use crate::ops::dense_gemm::native::{self, Native, NativePoint, Verdict};
-use crate::ops::hyper_connection::{self as hc, HcKernels, HcShape};
+use crate::ops::hyper_connection::{self as hc, HcKernels};
 use crate::ops::indexer::Indexer;
 use crate::ops::moe_gemm::decode::{self, Experts, MoeDecode};
 use crate::ops::moe_gemm::native::{self as native_moe, NativeExperts};
@@ -28,137 +23,6 @@ use crate::tuning::Tuning;
 pub const DECODE_ROWS: u32 = 16;
 /// Rows of activations that decode kernels are compiled for.
 const ROWS: [u32; 4] = [1, 2, 4, 8];
-
-/// Sizes of a rank, as kernels count them.
-#[derive(Clone, Copy, Debug)]
-pub struct Shape {
-    /// Model width.
-    pub hidden: u32,
-    /// Residual streams.
-    pub streams: u32,
-    /// Query heads of this rank.
-    pub heads: u32,
-    /// Channels of a head.
-    pub head_dim: u32,
-    /// Rotated channels.
-    pub rope: u32,
-    /// Width of the low-rank query.
-    pub q_rank: u32,
-    /// Output groups of this rank.
-    pub groups: u32,
-    /// Width of a group's low-rank output.
-    pub o_rank: u32,
-    /// Positions of the window.
-    pub window: u32,
-    /// Index heads.
-    pub index_heads: u32,
-    /// Channels of an index head.
-    pub index_dim: u32,
-    /// Entries that are selected.
-    pub topk: u32,
-    /// Routed experts.
-    pub experts: u32,
-    /// Experts of a row.
-    pub chosen: u32,
-    /// This rank's part of an expert's width.
-    pub inner: u32,
-    /// Tokens of this rank's part of embedding and head.
-    pub vocab: u32,
-}
-
-/// A model that there are no kernels for.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "config.json: {field}: expected {expected}, found {found}\n  help: there are no GPU kernels for such a model; use one with {expected}, or run with --backend cpu"
-)]
-pub struct ShapeError {
-    /// The field, or fields.
-    pub field: &'static str,
-    /// What there are kernels for.
-    pub expected: String,
-    /// What it is.
-    pub found: String,
-}
-
-impl Shape {
-    /// Checks that there are hyper-connections of the model's size. Everything else here panics where there are none.
-    ///
-    /// Errors: other than 2 or 4 residual streams.
-    pub fn check(config: &ModelConfig) -> Result<(), ShapeError> {
-        if hc_shape(config).is_possible() {
-            return Ok(());
-        }
-        let found = format!("{} of {}", config.hc_mult, config.hidden_size);
-        let expected = "2 or 4 streams of a multiple of 64".into();
-        Err(ShapeError { field: "hc_mult and hidden_size", expected, found })
-    }
-
-    /// Sizes of `tp`'s rank.
-    pub fn new(config: &ModelConfig, tp: Tp) -> Shape {
-        let size = u64::from(tp.size());
-        Shape {
-            hidden: config.hidden_size as u32,
-            streams: config.hc_mult as u32,
-            heads: (config.num_attention_heads / size) as u32,
-            head_dim: config.head_dim as u32,
-            rope: config.qk_rope_head_dim as u32,
-            q_rank: config.q_lora_rank as u32,
-            groups: (config.o_groups / size) as u32,
-            o_rank: config.o_lora_rank as u32,
-            window: config.sliding_window as u32,
-            index_heads: config.index_n_heads as u32,
-            index_dim: config.index_head_dim as u32,
-            topk: config.index_topk as u32,
-            experts: config.n_routed_experts as u32,
-            chosen: config.num_experts_per_tok as u32,
-            inner: (config.moe_intermediate_size / size) as u32,
-            vocab: (config.vocab_size / size) as u32,
-        }
-    }
-
-    /// Attention over entries of `ratio` positions.
-    pub fn attention(&self, ratio: u32) -> sparse_attention::Sizes {
-        sparse_attention::Sizes {
-            heads: self.heads,
-            head_dim: self.head_dim,
-            rope: self.rope,
-            window: self.window,
-            capacity: state::window_capacity(self.window),
-            ratio,
-            topk: self.topk,
-            per_page: per_page(ratio),
-        }
-    }
-
-    /// What precedes attention over entries of `ratio` positions.
-    pub fn prepare(&self, ratio: u32) -> kv::Sizes {
-        kv::Sizes {
-            ratio,
-            query_rank: self.q_rank,
-            head_dim: self.head_dim,
-            rope: self.rope,
-            index_dim: self.index_dim,
-            window: self.window,
-            capacity: state::window_capacity(self.window),
-            compressor_capacity: state::compressor_capacity(ratio),
-            per_page: per_page(ratio),
-        }
-    }
-}
-
-/// Hyper-connections of a model.
-pub fn hc_shape(config: &ModelConfig) -> HcShape {
-    HcShape {
-        hidden: config.hidden_size as u32,
-        streams: config.hc_mult as u32,
-        sinkhorn_iters: config.hc_sinkhorn_iters as u32,
-    }
-}
-
-/// Entries of a page.
-pub fn per_page(ratio: u32) -> u32 {
-    (PAGE_TOKENS as u32).checked_div(ratio).unwrap_or(1)
-}
 
 /// A number of something for each ratio: 0, 4, 128.
 #[derive(Clone, Copy)]
@@ -228,7 +92,7 @@ pub struct NativeLong {
 }
 
 impl Kernels {
-    /// Walks through all units of a rank in a fixed order; `load` gives the kernels of each, in the unit's order.
+    /// Walks through all units of a rank of a checked shape ([`Shape::check`]) in a fixed order; `load` gives the kernels of each, in the unit's order.
     pub fn walk<E>(
         config: &ModelConfig,
         tp: Tp,
@@ -290,42 +154,6 @@ impl Kernels {
         })
     }
 
-    /// Compiles all units of a rank for the emulator into `dir`, where they are not there yet, and loads them.
-    ///
-    /// Errors: no C++ compiler, or it fails.
-    pub fn emulated(
-        gpu: &dyn Gpu,
-        config: &ModelConfig,
-        tp: Tp,
-        numerics: Numerics,
-        tuning: &Tuning,
-        dir: &Path,
-    ) -> Result<Kernels, DeviceError> {
-        let units = Kernels::units(config, tp, numerics, tuning);
-        let images: Result<Vec<Image>, DeviceError> = units.par_iter().map(|u| emulated::compile(u, dir)).collect();
-        let mut images = images?.into_iter();
-        Kernels::walk(config, tp, numerics, tuning, |unit| {
-            let image = images.next().unwrap_or_else(|| panic!("no image of unit {}", unit.family));
-            unit.load(gpu, &image)
-        })
-    }
-
-    /// Compiles all units of a rank for the GPU that is there, and loads them. Errors: the compiler's, the GPU's.
-    pub fn compiled(
-        gpu: &dyn Gpu,
-        config: &ModelConfig,
-        tp: Tp,
-        numerics: Numerics,
-        tuning: &Tuning,
-        nvrtc: &Nvrtc,
-    ) -> Result<Kernels, DeviceError> {
-        let arch = gpu.facts().arch();
-        Kernels::walk(config, tp, numerics, tuning, |unit| {
-            let (cubin, _) = nvrtc.compile(unit, &arch)?;
-            unit.load(gpu, &Image::Cubin(cubin))
-        })
-    }
-
     /// Loads all units of a rank as they were compiled at pack time for the GPU that is there; `find` gives the cubin
     /// of a unit by its key for that architecture.
     ///
@@ -345,7 +173,7 @@ impl Kernels {
         })
     }
 
-    /// All units of a rank.
+    /// All units of a rank of a checked shape.
     pub fn units(config: &ModelConfig, tp: Tp, numerics: Numerics, tuning: &Tuning) -> Vec<Unit> {
         let mut units = Vec::new();
         let record = |unit: &Unit| -> Result<Vec<Kernel>, std::convert::Infallible> {
@@ -356,25 +184,6 @@ impl Kernels {
             Ok(_) => units,
             Err(never) => match never {},
         }
-    }
-}
-
-impl Shape {
-    /// The indexer.
-    pub fn indexer(&self) -> indexer::Sizes {
-        indexer::Sizes {
-            heads: self.index_heads,
-            width: self.index_dim,
-            rope: self.rope,
-            topk: self.topk,
-            ratio: 4,
-            per_page: per_page(4),
-        }
-    }
-
-    /// The experts of long steps.
-    pub fn moe_sizes(&self) -> MoeSizes {
-        MoeSizes { hidden: self.hidden, inner: self.inner, experts: self.experts, top_k: self.chosen }
     }
 }
 

@@ -12,6 +12,7 @@ pub mod kernels;
 mod native;
 mod products;
 mod residual;
+pub mod shape;
 pub mod state;
 mod step;
 pub mod stream;
@@ -23,17 +24,20 @@ pub mod workspace;
 use std::sync::Arc;
 
 use dsv4_model::cache::PAGE_TOKENS;
+use dsv4_model::layout::Format;
 use dsv4_model::ops::Step;
 use dsv4_model::tensors::draft_stages;
 use dsv4_model::{ModelConfig, Tp};
 
 use crate::collective::{Collective, CollectiveError};
 use crate::device::{Buffer, DeviceError, Gpu};
-use crate::gpu::kernels::{DECODE_ROWS, Kernels, Shape};
+use crate::gpu::kernels::{DECODE_ROWS, Kernels};
+use crate::gpu::shape::Shape;
 use crate::gpu::state::{DeviceState, StateSize};
 use crate::gpu::step::{Bounds, Current, Sequence, Turns, check, check_slot, require};
 use crate::gpu::stream::{Key, StepStats, Stream};
 use crate::gpu::weights::DeviceWeights;
+use crate::gpu::weights::fill_values;
 use crate::gpu::workspace::{Need, Workspace};
 use crate::numerics::{Numerics, bf16_round};
 use crate::ops::Mat;
@@ -160,24 +164,6 @@ impl Reserved {
 }
 
 impl GpuBackend {
-    /// A rank of `config`'s model over loaded weights and kernels.
-    ///
-    /// Errors: not enough GPU memory.
-    pub fn new(
-        gpu: Arc<dyn Gpu>,
-        config: ModelConfig,
-        tp: Tp,
-        numerics: Numerics,
-        weights: DeviceWeights,
-        mut kernels: Kernels,
-        collective: Box<dyn Collective>,
-        options: GpuOptions,
-    ) -> Result<GpuBackend, DeviceError> {
-        kernels.check(&gpu)?;
-        let reserved = Reserved::new(gpu, config, tp, numerics, options)?;
-        Ok(GpuBackend::with(reserved, weights, kernels, collective))
-    }
-
     /// A rank in what is reserved for it, of checked kernels ([`Kernels::check`]).
     pub fn with(
         reserved: Reserved,
@@ -253,15 +239,26 @@ impl GpuBackend {
     /// Fills all caches with values of a plausible size, all different: the choice among entries takes longer where
     /// many are equal. For measurements. Errors: the GPU's.
     pub fn make_up_caches(&mut self) -> Result<(), GpuError> {
-        let (gpu, noise) = (self.stream.gpu().clone(), noise(self.act_bytes()));
-        Ok(self.state.buffers().into_iter().try_for_each(|buffer| repeat(gpu.as_ref(), buffer, &noise))?)
+        let (gpu, act) = (self.stream.gpu(), if self.published() { Format::Bf16 } else { Format::F32 });
+        for (seed, (buffer, is_sum)) in (0..).zip(self.state.buffers()) {
+            fill_values(gpu.as_ref(), buffer, if is_sum { Format::F32 } else { act }, seed)?;
+        }
+        Ok(gpu.sync()?)
     }
 
     /// Takes the trunk's caches of a sequence for filled up to `tokens`, whatever is in them. For measurements.
-    pub fn assume_filled(&mut self, slot: u32, tokens: u32) {
-        if let Some(Some(sequence)) = self.slots.get_mut(slot as usize) {
-            sequence.trunk.extend(0, tokens);
-        }
+    /// Errors: the slot is not open.
+    pub fn assume_filled(&mut self, slot: u32, tokens: u32) -> Result<(), GpuError> {
+        let open = self.slots.get_mut(slot as usize).and_then(Option::as_mut);
+        let sequence =
+            open.ok_or_else(|| GpuError::Step { expected: format!("slot {slot} open"), found: "not".into() })?;
+        sequence.trunk.extend(0, tokens);
+        Ok(())
+    }
+
+    /// Whether kernels may start while the one ahead ends, from now on: they may unless this says otherwise.
+    pub fn set_overlap(&mut self, overlap: bool) {
+        self.stream.set_overlap(overlap);
     }
 
     /// Positions that trunk and draft steps have filled in `slot`; nothing where no sequence is open.
@@ -410,30 +407,4 @@ impl GpuBackend {
     fn activation(&self, buffer: &Buffer, cols: u32) -> Activation {
         Activation { at: buffer.at(), rows: self.current.rows, cols, parts: 0 }
     }
-}
-
-/// Values between -1 and 1, of `act_bytes` each; a whole number of no row, so that rows of repetitions differ.
-fn noise(act_bytes: u64) -> Vec<u8> {
-    let (mut state, mut out) = (0x9e37_79b9_7f4a_7c15u64, Vec::new());
-    while out.len() < (1 << 20) + 4 {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        let bits = ((state >> 40) as f32 / (1 << 23) as f32 - 1.0).to_bits();
-        match act_bytes {
-            2 => out.extend(((bits >> 16) as u16).to_le_bytes()),
-            _ => out.extend(bits.to_le_bytes()),
-        }
-    }
-    out
-}
-
-/// Fills a buffer with repetitions of some bytes.
-fn repeat(gpu: &dyn Gpu, buffer: &Buffer, bytes: &[u8]) -> Result<(), DeviceError> {
-    let mut done = buffer.bytes().min(bytes.len() as u64);
-    gpu.write(buffer.at(), &bytes[..done as usize])?;
-    while done < buffer.bytes() {
-        let more = done.min(buffer.bytes() - done);
-        gpu.copy(buffer.at() + done, buffer.at(), more)?;
-        done += more;
-    }
-    Ok(())
 }

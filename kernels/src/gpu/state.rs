@@ -1,8 +1,8 @@
 //! What sequences keep on the GPU between steps: window rings, compressor rings, paged entries.
 //!
-//! Everything is reserved at the start. A step's rows enter the rings after the step has read them, so a ring keeps
-//! no more than a window and the longest draft; older rows of a long step come from the step's own buffers. Pages
-//! hold the entries of 256 tokens in every layer; so far each slot owns a fixed run of them.
+//! Everything is reserved at the start. A ring keeps a window and [`RING_SPARE`] rows: so a short step's rows enter at
+//! once, since what they replace is older than anything that the step reads, and a rejected draft is gone back over. A
+//! longer step's rows enter at its end; its older rows come from the step's own buffers. Pages hold the entries of 256 tokens in every layer; so far each slot owns a fixed run of them.
 
 use std::sync::Arc;
 
@@ -126,12 +126,14 @@ impl DeviceState {
         self.layers.iter().chain(&self.draft).map(layer).sum::<u64>() + self.pages.bytes()
     }
 
-    /// What rows of windows and entries lie in.
-    pub fn buffers(&self) -> Vec<&Buffer> {
+    /// All that sequences keep, and whether it is float32 in all numerics.
+    pub fn buffers(&self) -> Vec<(&Buffer, bool)> {
         let mut out = Vec::new();
         for layer in self.layers.iter().chain(&self.draft) {
-            out.push(&layer.window);
-            out.extend([&layer.compressed, &layer.index].into_iter().flatten().map(|c| &c.entries));
+            out.push((&layer.window, false));
+            for c in [&layer.compressed, &layer.index].into_iter().flatten() {
+                out.extend([(&c.entries, false), (&c.values, true), (&c.gates, true)]);
+            }
         }
         out
     }

@@ -8,8 +8,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use crate::device::unit::Image;
-use crate::device::{DeviceError, DeviceMemory, Facts, Gpu, Graph, HostMemory, Kernel, Launch, Mark};
+use crate::device::{DeviceError, Gpu, Graph, Kernel, Launch};
+use crate::forward_gpu;
+
+/// Recordings that are kept; past that all are made anew. One of a whole step takes some megabytes of the GPU.
+pub(super) const RECORDINGS_MAX: usize = 64;
 
 /// What launches depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -95,9 +98,14 @@ impl Stream {
             Mode::Replaying(graph) => graph,
             Mode::Recording(key) => {
                 let graph = self.gpu.end_capture()?;
-                if keep {
-                    self.graphs.insert((key, self.gpu.overlaps()), (graph, self.launches.load(Ordering::Relaxed)));
+                if !keep {
+                    self.gpu.replay(graph)?;
+                    return self.gpu.forget_graph(graph);
                 }
+                if self.graphs.len() >= RECORDINGS_MAX {
+                    self.forget()?;
+                }
+                self.graphs.insert((key, self.gpu.overlaps()), (graph, self.launches.load(Ordering::Relaxed)));
                 graph
             }
         };
@@ -109,7 +117,7 @@ impl Stream {
     pub fn discard(&mut self) -> Result<(), DeviceError> {
         self.muted = AtomicBool::new(false);
         match std::mem::replace(&mut self.mode, Mode::Eager) {
-            Mode::Recording(_) => self.gpu.end_capture().map(|_| ()),
+            Mode::Recording(_) => self.gpu.abort_capture(),
             Mode::Eager | Mode::Replaying(_) => Ok(()),
         }
     }
@@ -117,8 +125,7 @@ impl Stream {
     /// Records every kind of step anew.
     pub fn forget(&mut self) -> Result<(), DeviceError> {
         self.discard()?;
-        self.graphs.clear();
-        Ok(())
+        self.graphs.drain().try_for_each(|(_, (graph, _))| self.gpu.forget_graph(graph))
     }
 
     /// Of the current or last step.
@@ -128,39 +135,6 @@ impl Stream {
 }
 
 impl Gpu for Stream {
-    fn facts(&self) -> &Facts {
-        self.gpu.facts()
-    }
-    fn alloc(&self, bytes: u64) -> Result<u64, DeviceError> {
-        self.gpu.alloc(bytes)
-    }
-    fn free(&self, at: u64) {
-        self.gpu.free(at);
-    }
-    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), DeviceError> {
-        self.gpu.write(at, bytes)
-    }
-    fn read(&self, at: u64, out: &mut [u8]) -> Result<(), DeviceError> {
-        self.gpu.read(at, out)
-    }
-    fn fill(&self, at: u64, byte: u8, bytes: u64) -> Result<(), DeviceError> {
-        self.gpu.fill(at, byte, bytes)
-    }
-    fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), DeviceError> {
-        self.gpu.copy(to, from, bytes)
-    }
-    fn load(&self, image: &Image, kernels: &[(&str, u32)]) -> Result<Vec<Kernel>, DeviceError> {
-        self.gpu.load(image, kernels)
-    }
-    fn allow_overlap(&self, kernels: &[Kernel]) {
-        self.gpu.allow_overlap(kernels);
-    }
-    fn set_overlap(&self, on: bool) {
-        self.gpu.set_overlap(on);
-    }
-    fn overlaps(&self) -> bool {
-        self.gpu.overlaps()
-    }
     fn launch(&self, kernel: Kernel, shape: Launch, args: &[u8]) -> Result<(), DeviceError> {
         if self.muted.load(Ordering::Relaxed) {
             return Ok(());
@@ -168,37 +142,8 @@ impl Gpu for Stream {
         self.launches.fetch_add(1, Ordering::Relaxed);
         self.gpu.launch(kernel, shape, args)
     }
-    fn sync(&self) -> Result<(), DeviceError> {
-        self.gpu.sync()
-    }
-    fn begin_capture(&self) -> Result<bool, DeviceError> {
-        self.gpu.begin_capture()
-    }
-    fn end_capture(&self) -> Result<Graph, DeviceError> {
-        self.gpu.end_capture()
-    }
-    fn replay(&self, graph: Graph) -> Result<(), DeviceError> {
-        self.gpu.replay(graph)
-    }
-    fn mark(&self) -> Result<Mark, DeviceError> {
-        self.gpu.mark()
-    }
-    fn seconds_between(&self, from: Mark, to: Mark) -> Result<f64, DeviceError> {
-        self.gpu.seconds_between(from, to)
-    }
-    fn forget_marks(&self) {
-        self.gpu.forget_marks();
-    }
-    fn memory(&self) -> Result<DeviceMemory, DeviceError> {
-        self.gpu.memory()
-    }
-    fn host(&self, bytes: usize) -> Result<HostMemory, DeviceError> {
-        self.gpu.host(bytes)
-    }
-    fn send(&self, from: &HostMemory, len: usize, to: u64) -> Result<(), DeviceError> {
-        self.gpu.send(from, len, to)
-    }
-    fn is_sent(&self, from: &HostMemory, wait: bool) -> Result<bool, DeviceError> {
-        self.gpu.is_sent(from, wait)
+    forward_gpu! {
+        facts alloc free write read fill copy load allow_overlap set_overlap overlaps sync begin_capture end_capture
+        abort_capture replay forget_graph mark seconds_between forget_marks memory host send is_sent
     }
 }

@@ -1,16 +1,21 @@
 //! Plans against what is reserved, and recordings. The backend itself is tested where there is a checkpoint: `tests/gpu.rs`
 //! of the test crate.
 
+use std::path::Path;
+
 use dsv4_model::{ModelConfig, Tp};
 
+use crate::device::args::ARGS_BYTES_MAX;
+use crate::device::emulated::{self, Emulated};
 use crate::device::testing::Bench;
-use crate::device::{Gpu, In, Out};
-use crate::gpu::kernels::Shape;
+use crate::device::{Gpu, In, Launch, Out};
+use crate::gpu::shape::Shape;
 use crate::gpu::state::{DeviceState, StateSize};
-use crate::gpu::stream::{Key, StepStats, Stream};
+use crate::gpu::stream::{Key, RECORDINGS_MAX, StepStats, Stream};
 use crate::gpu::workspace::{Need, Workspace};
 use crate::numerics::Numerics;
 use crate::ops::embedding::{self, SettleArgs};
+use crate::ops::rms_norm;
 
 fn configs() -> [ModelConfig; 2] {
     [include_str!("../../../tests/nano/config.json"), include_str!("../../../tests/tiny/config.json")]
@@ -84,7 +89,52 @@ fn a_recording_does_what_its_launches_did() {
     stream.begin(Some(key(3))).unwrap();
     embedding::launch_settle(&stream, settle, args).unwrap();
     stream.begin(Some(key(3))).unwrap();
-    assert!(stream.sync().is_err(), "nothing but launches while recording");
+    // Nothing but launches while recording; and what is refused spoils nothing.
+    let gpu = bench.gpu();
+    assert!(gpu.sync().is_err() && gpu.read(x.at(), &mut [0]).is_err() && gpu.write(x.at(), &[0]).is_err());
+    assert!(gpu.fill(x.at(), 0, 1).is_err() && gpu.copy(y.at(), x.at(), 4).is_err());
     stream.end(true).unwrap();
     assert_eq!(stream.stats().launches, 0);
+    // What is forgotten is recorded anew.
+    stream.forget().unwrap();
+    stream.begin(Some(key(1))).unwrap();
+    embedding::launch_settle(&stream, settle, args).unwrap();
+    stream.end(true).unwrap();
+    assert_eq!(stream.stats(), eager);
+}
+
+/// Not even one kind of step for each of many keys fills the GPU with recordings.
+#[test]
+fn recordings_are_bounded() {
+    let Some(bench) = Bench::new(Numerics::Float) else { return };
+    let mut stream = Stream::new(bench.shared());
+    let mut is_replayed = |rows: u32| {
+        stream.begin(Some(Key { rows, wanted: 0, source: None, entries: 0 })).unwrap();
+        stream.end(true).unwrap();
+        stream.stats().replayed
+    };
+    assert!((0..RECORDINGS_MAX as u32).all(|rows| !is_replayed(rows)));
+    assert!((0..RECORDINGS_MAX as u32).all(&mut is_replayed), "all are kept");
+    assert!(!is_replayed(u32::MAX) && is_replayed(u32::MAX), "one more");
+    assert!(!is_replayed(0), "those before it are gone");
+}
+
+/// On the emulator: a GPU would run on, and what waits for such a kernel would not wait for those before it.
+#[test]
+fn a_kernel_that_does_not_wait_fails() {
+    if !Emulated::is_possible() {
+        return;
+    }
+    let run = |body: &str, blocks: u32| {
+        let mut unit = rms_norm::unit(64, Numerics::Float);
+        unit.source = String::leak(format!("KERNEL(rms_norm, RmsNormArgs, THREADS) {{ {body} }}"));
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/emulated");
+        let gpu = Emulated::open();
+        let kernel = unit.load(gpu.as_ref(), &emulated::compile(&unit, &dir).unwrap()).unwrap()[0];
+        gpu.launch(kernel, Launch::row(blocks, 64), &[0; ARGS_BYTES_MAX])
+    };
+    assert!(run("wait_for_previous();", 3).is_ok());
+    assert!(run("", 1).is_err());
+    assert!(run("if (blockIdx.x < 2) wait_for_previous();", 2).is_ok());
+    assert!(run("if (blockIdx.x < 2) wait_for_previous();", 3).is_err(), "every block");
 }

@@ -14,6 +14,7 @@ use crate::device::args::U8;
 use crate::device::{Buffer, DeviceError, Gpu, In};
 use crate::weights::{self, Matrix, WeightsError};
 pub use fill::fill;
+pub(crate) use fill::fill_values;
 
 /// A matrix in the arena; a stack of experts is `count` of them, `stride` bytes apart.
 #[derive(Clone, Copy, Debug)]
@@ -42,11 +43,6 @@ impl DeviceMatrix {
     pub fn scales(&self) -> In<U8> {
         In::at(self.scales)
     }
-}
-
-/// A rank's bytes, as they were loaded, on the GPU. Errors: not enough GPU memory.
-pub fn upload_arena(gpu: &Arc<dyn Gpu>, bytes: &[u8]) -> Result<Buffer, DeviceError> {
-    Buffer::of(gpu, bytes)
 }
 
 /// All tensors of a rank.

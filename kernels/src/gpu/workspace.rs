@@ -10,7 +10,8 @@ use dsv4_model::tensors::draft_stages;
 
 use crate::device::rows::Row;
 use crate::device::{Buffer, DeviceError, Gpu};
-use crate::gpu::kernels::{DECODE_ROWS, Shape, hc_shape};
+use crate::gpu::kernels::DECODE_ROWS;
+use crate::gpu::shape::{Shape, hc_shape};
 use crate::numerics::Numerics;
 use crate::ops::moe_gemm::prefill;
 use crate::ops::{indexer, router, sparse_attention};
@@ -99,7 +100,7 @@ impl Need {
     }
 
     fn expert_tiles(&self) -> u64 {
-        u64::from(prefill::tiles_max(self.shape.moe_sizes(), prefill::DEFAULT_POINT, self.rows as u32))
+        u64::from(prefill::tiles_max(self.shape.moe_sizes(), prefill::TOKENS_MIN, self.rows as u32))
     }
 
     fn expert_outputs(&self) -> u64 {

@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use dsv4_kernels::device::unit::Image;
-use dsv4_kernels::device::{DeviceError, DeviceMemory, Facts, Gpu, Graph, HostMemory, Kernel, Launch, Mark};
+use dsv4_kernels::device::{DeviceError, Gpu, Graph, Kernel, Launch, Mark};
+use dsv4_kernels::forward_gpu;
 
 /// Marks in the recording that measures their cost.
 const MARKS: u32 = 200;
@@ -102,41 +103,11 @@ impl Watched {
 }
 
 impl Gpu for Watched {
-    fn facts(&self) -> &Facts {
-        self.gpu.facts()
-    }
-    fn alloc(&self, bytes: u64) -> Result<u64, DeviceError> {
-        self.gpu.alloc(bytes)
-    }
-    fn free(&self, at: u64) {
-        self.gpu.free(at);
-    }
-    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), DeviceError> {
-        self.gpu.write(at, bytes)
-    }
-    fn read(&self, at: u64, out: &mut [u8]) -> Result<(), DeviceError> {
-        self.gpu.read(at, out)
-    }
-    fn fill(&self, at: u64, byte: u8, bytes: u64) -> Result<(), DeviceError> {
-        self.gpu.fill(at, byte, bytes)
-    }
-    fn copy(&self, to: u64, from: u64, bytes: u64) -> Result<(), DeviceError> {
-        self.gpu.copy(to, from, bytes)
-    }
     fn load(&self, image: &Image, kernels: &[(&str, u32)]) -> Result<Vec<Kernel>, DeviceError> {
         let loaded = self.gpu.load(image, kernels)?;
         let names = loaded.iter().zip(kernels).map(|(kernel, (name, _))| (*kernel, (*name).to_owned()));
         self.state().names.extend(names);
         Ok(loaded)
-    }
-    fn allow_overlap(&self, kernels: &[Kernel]) {
-        self.gpu.allow_overlap(kernels);
-    }
-    fn set_overlap(&self, on: bool) {
-        self.gpu.set_overlap(on);
-    }
-    fn overlaps(&self) -> bool {
-        self.gpu.overlaps()
     }
     fn launch(&self, kernel: Kernel, shape: Launch, args: &[u8]) -> Result<(), DeviceError> {
         let mut state = self.state();
@@ -149,15 +120,6 @@ impl Gpu for Watched {
         launches.push((kernel, from, self.gpu.mark()?));
         Ok(())
     }
-    fn sync(&self) -> Result<(), DeviceError> {
-        self.gpu.sync()
-    }
-    fn begin_capture(&self) -> Result<bool, DeviceError> {
-        self.gpu.begin_capture()
-    }
-    fn end_capture(&self) -> Result<Graph, DeviceError> {
-        self.gpu.end_capture()
-    }
     fn replay(&self, graph: Graph) -> Result<(), DeviceError> {
         let from = self.gpu.mark()?;
         self.gpu.replay(graph)?;
@@ -165,25 +127,8 @@ impl Gpu for Watched {
         self.state().replay = Some((from, to));
         Ok(())
     }
-    fn mark(&self) -> Result<Mark, DeviceError> {
-        self.gpu.mark()
-    }
-    fn seconds_between(&self, from: Mark, to: Mark) -> Result<f64, DeviceError> {
-        self.gpu.seconds_between(from, to)
-    }
-    fn forget_marks(&self) {
-        self.gpu.forget_marks();
-    }
-    fn memory(&self) -> Result<DeviceMemory, DeviceError> {
-        self.gpu.memory()
-    }
-    fn host(&self, bytes: usize) -> Result<HostMemory, DeviceError> {
-        self.gpu.host(bytes)
-    }
-    fn send(&self, from: &HostMemory, len: usize, to: u64) -> Result<(), DeviceError> {
-        self.gpu.send(from, len, to)
-    }
-    fn is_sent(&self, from: &HostMemory, wait: bool) -> Result<bool, DeviceError> {
-        self.gpu.is_sent(from, wait)
+    forward_gpu! {
+        facts alloc free write read fill copy allow_overlap set_overlap overlaps sync begin_capture end_capture
+        abort_capture forget_graph mark seconds_between forget_marks memory host send is_sent
     }
 }

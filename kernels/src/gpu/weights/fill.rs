@@ -80,6 +80,20 @@ fn fill_row(
     Ok(repeat(gpu, at, layout.stride, layout.stride * row.matrices())?)
 }
 
+/// Fills a buffer with bfloat16 or float32 values between -1 and 1. They come in repetitions of no whole number of rows,
+/// so that rows differ. Errors: the GPU's.
+pub(crate) fn fill_values(gpu: &dyn Gpu, buffer: &Buffer, format: Format, seed: u64) -> Result<(), DeviceError> {
+    let mut noise = Noise::new(seed, 0);
+    let (values, piece) = (noise.values(0.0, 1.0), PIECE_BYTES as usize + 8);
+    let mut bytes = match format {
+        Format::Bf16 => noise.chosen(piece, values.map(|v| [(v.to_bits() >> 16) as u8, (v.to_bits() >> 24) as u8])),
+        _ => noise.chosen(piece, values.map(f32::to_le_bytes)),
+    };
+    bytes.truncate(piece.min(buffer.bytes() as usize));
+    gpu.write(buffer.at(), &bytes)?;
+    repeat(gpu, buffer.at(), bytes.len() as u64, buffer.bytes())
+}
+
 /// Copies the first `have` bytes until there are `total`.
 fn repeat(gpu: &dyn Gpu, at: u64, mut have: u64, total: u64) -> Result<(), DeviceError> {
     while have < total {

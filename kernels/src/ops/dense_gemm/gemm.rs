@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use dsv4_model::layout::{Format, TILE};
 
 use crate::device::args::{Act, U8};
+use crate::device::nvrtc::SHARED_MAX;
 use crate::device::unit::{Unit, define, published};
 use crate::device::{DeviceError, Gpu, In, Kernel, KernelArgs, Launch, Out};
 use crate::kernel_args;
@@ -26,8 +27,6 @@ pub const FP8: u32 = 2;
 const STAGE_COLS: u32 = 64;
 /// Outputs of a warp.
 const WARP_OUTS: u32 = 64;
-/// Shared memory that a block may have on the smallest GPU, bytes.
-const SHARED_MAX: u32 = 101_376;
 const QUANT_THREADS: u32 = 256;
 
 kernel_args! {
@@ -83,7 +82,12 @@ impl GemmPoint {
 
     /// Whether the kernels can be compiled so: whole copies and mma tiles, registers and shared memory suffice.
     pub fn legal(&self, format: Format) -> bool {
-        if self.warps_m == 0 || self.outs == 0 || !self.outs.is_multiple_of(WARP_OUTS) || self.group == 0 {
+        let bounded = (1..=8).contains(&self.warps_m)
+            && (1..=512).contains(&self.outs)
+            && (1..=512).contains(&self.tokens)
+            && (2..=6).contains(&self.stages)
+            && (1..=1 << 16).contains(&self.group);
+        if !bounded || !self.outs.is_multiple_of(WARP_OUTS) {
             return false;
         }
         let (threads, warp_tokens) = (self.threads(), self.tokens / self.warps_m);
@@ -95,7 +99,6 @@ impl GemmPoint {
             && copies(self.tokens * 8, threads)
             && copies(self.outs * row_bytes(format) / 16, threads)
             && (w_step.is_multiple_of(64) || (w_step == 32 && format != Format::Fp4))
-            && (2..=6).contains(&self.stages)
             && self.shared(format) <= SHARED_MAX
     }
 

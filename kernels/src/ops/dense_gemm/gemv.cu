@@ -85,7 +85,6 @@ DEVICE void plain_segment(u8* shared, const GemvSeg& s, u32 block, u32 row, u32 
 
 KERNEL_RESIDENT(gemv, GemvArgs, THREADS, RESIDENT) {
     DYNAMIC_SHARED(u8, shared);
-    // The next kernel's weights may come while this one works.
     u32 group = blockIdx.x % a.groups, block = blockIdx.x / a.groups, i = 0;
     while (i + 1 < a.count && block >= a.segments[i + 1].first_block) i++;
     const GemvSeg& s = a.segments[i];

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use dsv4_model::layout::Format;
 
 use crate::device::args::{Act, U8};
+use crate::device::nvrtc::SHARED_MAX;
 use crate::device::unit::{Unit, define, published};
 use crate::device::{DeviceError, Gpu, In, Kernel, KernelArgs, Launch};
 use crate::kernel_args;
@@ -17,8 +18,6 @@ use crate::numerics::Numerics;
 pub const SEGMENTS_MAX: usize = 8;
 /// Rows of a stored matrix that are worked on together.
 pub const TILE_ROWS: u32 = 16;
-/// Shared memory of a block on the smallest device.
-pub const SHARED_MAX: u32 = 101_376;
 /// Shared memory that a block takes beside what it asks for.
 const SHARED_OF_BLOCK: u32 = 1 << 10;
 /// Bytes of a stored row in one step of a warp.
@@ -119,7 +118,8 @@ impl GemvPoint {
     }
 }
 
-/// Most of the L2 cache that one launch asks for ahead, in eighths: two launches may be ahead.
+/// Most of the L2 cache that one launch asks for ahead, in eighths: what the launch at work has asked for
+/// is still there.
 pub(crate) const AHEAD_MAX: u32 = 4;
 /// Shared memory of a block's rings.
 pub(crate) fn ring_bytes(warps: u32, depth: u32) -> u32 {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use dsv4_model::layout::{Format, TILE};
 
 use crate::device::args::{Act, U8};
+use crate::device::nvrtc::SHARED_MAX;
 use crate::device::unit::{Unit, define, published};
 use crate::device::{Buffer, DeviceError, Gpu, In, Kernel, KernelArgs, Launch, Out};
 use crate::kernel_args;
@@ -26,8 +27,6 @@ const STAGE_COLS: u32 = 64;
 /// Outputs and rows of a warp.
 const WARP_OUTS: u32 = 64;
 const WARP_TOKENS: u32 = 32;
-/// Shared memory that a block may have, bytes.
-const SHARED_MAX: u32 = 101_376;
 const QUANT_THREADS: u32 = 256;
 
 kernel_args! {

@@ -154,7 +154,7 @@ DEVICE StepScales read_scales(const TileSource<T>& s, u32 step) {
     for (int i = 0; i < 2; i++)
         out.w[i] = T::FORMAT == WEIGHT_FP8 ? load_near1(s.w_scales[i] + step)
                                            : *reinterpret_cast<const u32*>(s.w_scales[i] + 4 * (u64)step);
-    out.x = load_near1(s.x_scales + step);
+    out.x = load_byte(s.x_scales + step);
     return out;
 }
 

@@ -60,6 +60,8 @@ const VECTOR: u32 = 8;
 /// Rows up to which one block that collapses them all, right where they are mixed, is sooner done than a launch of a
 /// block for each: a row takes it about 0.35 us, 38 KB at what a multiprocessor reads from the L2 cache.
 const FUSED_ROWS_MAX: u32 = 4;
+// One block counts arrivals, and collapses as many rows as it mixes.
+const _: () = assert!(FUSED_ROWS_MAX <= FEW);
 /// Rows up to which blocks that only wait for memory are better than tiles.
 const FEW_ROWS_MAX: u32 = 32;
 /// Rows of a slice of a long step: their streams, 8.4 MB in Flash, are still in the L2 cache (24 MB on a GB10) when
@@ -172,6 +174,7 @@ pub fn launch_site(gpu: &dyn Gpu, kernels: &HcKernels, args: HcSiteArgs) -> Resu
 }
 
 fn launch_slice(gpu: &dyn Gpu, kernels: &HcKernels, way: Way, args: HcSiteArgs) -> Result<(), DeviceError> {
+    assert!(way != Way::Fused || args.arrivals.0 != 0, "blocks that count one another in need a counter");
     let arrivals = if way == Way::Fused { args.arrivals } else { Out::none() };
     let args = HcSiteArgs { arrivals, ..args };
     let (kernel, threads, rows) = match way {

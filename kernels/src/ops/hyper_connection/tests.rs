@@ -1,11 +1,8 @@
 use std::ops::Range;
 
-use dsv4_model::ModelConfig;
-
 use super::*;
 use crate::device::Buffer;
 use crate::device::testing::{Bench, assert_close};
-use crate::gpu::kernels::Shape;
 use crate::ops::rms_norm::rms_norm;
 
 const EPS: f32 = 1e-6;
@@ -461,22 +458,4 @@ fn partial_sums_are_those_of_a_slice() {
     assert_eq!(shape(4096, 4).partials(1), 64 * 25);
     assert_eq!(shape(4096, 4).partials(8192), 256 * 64 * 25);
     assert_eq!(shape(320, 2).partials(3), 3 * 5 * 9);
-}
-
-#[test]
-fn other_models_are_refused() {
-    let config = |streams: &str| {
-        let text = include_str!("../../../../tests/nano/config.json");
-        let (before, rest) = text.split_once("\"hc_mult\":").expect("a model with streams");
-        let after = &rest[rest.find([',', '}']).expect("an end")..];
-        ModelConfig::parse(&format!("{before}\"hc_mult\": {streams}{after}")).unwrap()
-    };
-    for streams in ["2", "4"] {
-        assert_eq!(Shape::check(&config(streams)), Ok(()));
-    }
-    for streams in ["1", "3", "8"] {
-        let error = Shape::check(&config(streams)).unwrap_err().to_string();
-        let expected = format!("expected 2 or 4 streams of a multiple of 64, found {streams} of 256\n  help: ");
-        assert!(error.contains("hc_mult") && error.contains(&expected), "{error}");
-    }
 }

@@ -81,6 +81,16 @@ fn marks_bytes(entries: u32) -> u32 {
 }
 
 impl Sizes {
+    /// Whether there are kernels for them: widths of the Hadamard transform, all heads in shared memory.
+    pub fn are_possible(&self, numerics: Numerics) -> bool {
+        self.width.is_multiple_of(64)
+            && self.width.is_power_of_two()
+            && self.rope.is_multiple_of(64)
+            && self.rope <= self.width
+            && self.shared_long(numerics) <= 48 << 10
+            && self.topk <= BINS
+    }
+
     /// A row's queries and the weights of its heads in shared memory.
     fn queries_bytes(&self, numerics: Numerics) -> (u32, u32) {
         let heads = self.heads.next_multiple_of(8);
@@ -107,8 +117,7 @@ impl Sizes {
 /// What is compiled: `index_score`, `index_queries`, `index_score_long`, `index_select`.
 pub fn unit(sizes: Sizes, numerics: Numerics) -> Unit {
     let Sizes { heads, width, rope, topk, ratio, per_page } = sizes;
-    assert!(width % 64 == 0 && width.is_power_of_two() && rope % 64 == 0 && rope <= width, "{sizes:?}: widths");
-    assert!(sizes.shared_long(numerics) <= 48 << 10 && topk <= BINS, "{sizes:?}: all heads fit into shared memory");
+    assert!(sizes.are_possible(numerics), "an index of {sizes:?}");
     Unit {
         family: "indexer",
         source: concat!(

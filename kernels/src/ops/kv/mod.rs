@@ -79,6 +79,22 @@ pub struct Sizes {
 }
 
 impl Sizes {
+    /// Whether there are kernels for them: widths that fit one another and the Hadamard transform, runs of threads that
+    /// share a long window without rest, rings that hold what is read.
+    pub fn are_possible(&self) -> bool {
+        let widths = [self.query_rank, self.head_dim, self.index_dim, self.rope];
+        let long = ![0, 4].contains(&self.ratio);
+        widths.iter().all(|width| *width > 0 && width.is_multiple_of(64))
+            && self.rope <= self.index_dim
+            && self.index_dim <= self.head_dim
+            && self.head_dim <= 1024
+            && self.index_dim.is_power_of_two()
+            && (!long || (4 * THREADS).is_multiple_of(self.head_dim))
+            && (!long || self.ratio.is_multiple_of(4 * THREADS / self.head_dim * AT_ONCE))
+            && self.capacity >= self.window
+            && (self.ratio == 0 || self.compressor_capacity >= 8.max(self.ratio))
+    }
+
     /// Compressors of the layer.
     pub fn compressors(&self) -> u32 {
         match self.ratio {
@@ -109,14 +125,7 @@ pub(super) fn hadamard_scale(width: u32) -> (String, String) {
 /// What is compiled for layers of a ratio: `attn_prepare`, `store_rings`.
 pub fn unit(sizes: Sizes, numerics: Numerics) -> Unit {
     let Sizes { ratio, query_rank, head_dim, rope, index_dim, capacity, compressor_capacity, per_page, .. } = sizes;
-    for width in [query_rank, head_dim, index_dim, rope] {
-        assert!(width % 64 == 0, "{sizes:?}: widths are multiples of 64");
-    }
-    assert!(rope <= index_dim && index_dim <= head_dim && head_dim <= 1024, "{sizes:?}: widths that fit one another");
-    assert!(index_dim.is_power_of_two(), "{sizes:?}: the Hadamard transform is of a power of two");
-    let runs = 4 * THREADS / head_dim;
-    assert!([0, 4].contains(&ratio) || ratio % (runs * AT_ONCE) == 0, "{sizes:?}: whole runs of a long window");
-    assert!(capacity >= sizes.window && (ratio == 0 || compressor_capacity >= 8.max(ratio)), "{sizes:?}: rings");
+    assert!(sizes.are_possible(), "keys and values of {sizes:?}");
     Unit {
         family: "kv",
         source: concat!(include_str!("rows.cuh"), include_str!("compress.cuh"), include_str!("prepare.cu")),

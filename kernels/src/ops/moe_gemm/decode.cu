@@ -126,7 +126,6 @@ DEVICE void up_plain(u8* shared, const MoeUpArgs& a, const UpTiles& t, const UpW
 #endif
 
 // Rows among which blocks of moe_up look for others of their expert.
-#define WINDOW 16
 
 // The pairs of the window of `pair` that chose its expert, if it is the first of them, or the first after SHARE others,
 // and so on: into `list`, and how many; else 0. Called by one warp.
@@ -170,7 +169,7 @@ KERNEL_RESIDENT(moe_up, MoeUpArgs, THREADS, RESIDENT) {
 #endif
         return;
     }
-    // Only now: moe_down reads what was chosen as soon as it may start.
+    // What was chosen is read from here on.
     wait_for_previous();
     u32 pair = job - groups;
     if (SHARE == 1) {

@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 use dsv4_model::layout::{Format, MatrixLayout};
 
 use crate::device::args::{Act, F32, U8, U32};
+use crate::device::nvrtc::SHARED_MAX;
 use crate::device::unit::{Unit, define, published};
 use crate::device::{DeviceError, Gpu, In, Kernel, KernelArgs, Launch, Out};
 use crate::kernel_args;
 use crate::numerics::Numerics;
 use crate::ops::dense_gemm::gemv::{
-    AHEAD_MAX, SHARED_MAX, TILE_ROWS, prefetch_bytes, resident, ring_bytes, split_of, steps_of, with_stream,
-    x_row_bytes,
+    AHEAD_MAX, TILE_ROWS, prefetch_bytes, resident, ring_bytes, split_of, steps_of, with_stream, x_row_bytes,
 };
 
 kernel_args! {
@@ -41,7 +41,21 @@ pub struct Experts {
     pub chosen: u32,
 }
 
+/// Rows among which `moe_up` looks for equal experts.
+const WINDOW: u32 = 16;
+
 impl Experts {
+    /// Whether there are kernels for them. A warp looks for equal experts, so a row's choice is among its lanes.
+    pub fn are_possible(&self) -> bool {
+        self.hidden.is_multiple_of(64) && self.inner.is_multiple_of(64) && (1..=32).contains(&self.chosen)
+    }
+
+    /// Shared memory of the lists of pairs and experts of [`WINDOW`] rows, bytes; of few experts
+    /// more than there are, which leaves room for what else is static.
+    fn lists_bytes(&self) -> u32 {
+        ((WINDOW * self.chosen + 1) * 4).max(1024)
+    }
+
     /// Bytes between the matrices of a stack: (w1 and w3, w2).
     pub fn strides(&self) -> (u64, u64) {
         let (d, f) = (u64::from(self.hidden), u64::from(self.inner));
@@ -71,14 +85,20 @@ impl MoePoint {
 
     /// Whether it compiles without spills and fits a block, with `rows` rows of the shared expert in a block.
     pub fn legal(&self, experts: Experts, rows: u32, numerics: Numerics) -> bool {
+        let room = SHARED_MAX - experts.lists_bytes();
+        self.is_bounded()
+            && up_shared(experts, *self, rows, numerics) <= room
+            && down_shared(experts, *self, rows, numerics) <= room
+    }
+
+    /// What holds of a legal point whatever the model.
+    pub fn is_bounded(&self) -> bool {
         matches!(self.warps, 4 | 8 | 16)
             && (2..=4).contains(&self.depth)
             && self.warps * self.depth <= 32
             && (1..=8).contains(&self.up_tiles)
             && (1..=8).contains(&self.down_tiles)
             && self.ahead <= AHEAD_MAX
-            && up_shared(experts, *self, rows, numerics) <= SHARED_MAX - STATIC_MAX
-            && down_shared(experts, *self, rows, numerics) <= SHARED_MAX - STATIC_MAX
     }
 
     /// All legal points.
@@ -99,9 +119,6 @@ impl MoePoint {
     }
 }
 
-/// Shared memory of the lists of pairs and experts, at most, bytes.
-const STATIC_MAX: u32 = 1024;
-
 /// Rows whose experts a `moe_down` block reads once, and pairs that share a `moe_up` block.
 fn at_once(experts: Experts, rows: u32, numerics: Numerics) -> u32 {
     match numerics {
@@ -114,7 +131,7 @@ fn at_once(experts: Experts, rows: u32, numerics: Numerics) -> u32 {
 /// What is compiled; `rows` (1, 2, 4 or 8) rows share the shared expert's weights in a block of `moe_up`.
 pub fn unit(experts: Experts, rows: u32, point: MoePoint, numerics: Numerics) -> Unit {
     assert!(matches!(rows, 1 | 2 | 4 | 8), "moe of {rows} rows");
-    assert!(experts.hidden.is_multiple_of(64) && experts.inner.is_multiple_of(64), "moe of {experts:?}");
+    assert!(experts.are_possible(), "moe of {experts:?}");
     // Float32 sums need more registers than 64 (NVRTC 13.0.88, sm_90a: 16 of them would be spilled).
     let blocks = match numerics {
         Numerics::Published => resident(point.warps, point.depth_of(rows), rows),
@@ -138,6 +155,7 @@ pub fn unit(experts: Experts, rows: u32, point: MoePoint, numerics: Numerics) ->
             define("THREADS", point.warps * 32),
             define("UP_TILES", point.up_tiles),
             define("WARPS", point.warps),
+            define("WINDOW", WINDOW),
         ],
         kernels: vec![
             ("moe_up".into(), up_shared(experts, point, rows, numerics)),

@@ -124,7 +124,7 @@ impl NativeExperts {
 
     fn tiles_max(&self, rows: u32) -> u32 {
         let (sizes, tokens) = (self.sizes, self.point.tokens);
-        prefill::tiles_max(sizes, GemmPoint { tokens, ..prefill::DEFAULT_POINT }, rows)
+        prefill::tiles_max(sizes, tokens, rows)
     }
 }
 

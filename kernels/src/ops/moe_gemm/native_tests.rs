@@ -65,7 +65,7 @@ fn check(sizes: MoeSizes, point: GemmPoint, rows: usize) {
     let weights: Vec<f32> = (0..rows * k).map(|_| 0.1 + bench.below(1000) as f32 / 1500.0).collect();
     let (chosen_at, weights) = (bench.upload(&chosen), bench.upload(&weights));
     let counts = bench.buffer::<u32>(e);
-    let tiles = bench.buffer::<u32>(prefill::tiles_max(sizes, point, rows as u32) as usize * 4);
+    let tiles = bench.buffer::<u32>(prefill::tiles_max(sizes, point.tokens, rows as u32) as usize * 4);
     let (pairs, tile_count) = (bench.buffer::<u32>(rows * k), bench.buffer::<u32>(1));
     let sort = MoeSortArgs {
         chosen: In::at(chosen_at.at()),

@@ -61,7 +61,10 @@ pub const DEFAULT_POINT: GemmPoint = GemmPoint { tokens: 64, outs: 256, warps_m:
 
 /// Whether a choice of tiles can be compiled: as for a product, and a block has whole groups to round.
 pub fn legal(point: GemmPoint) -> bool {
-    point.outs == 2 * BLOCK_F && point.legal(Format::Fp4) && shared_point(point).legal(Format::Fp8)
+    point.outs == 2 * BLOCK_F
+        && point.tokens >= TOKENS_MIN
+        && point.legal(Format::Fp4)
+        && shared_point(point).legal(Format::Fp8)
 }
 
 /// The tiles of the shared expert, whose weights are twice as large: as many stages as fit the same share of memory.
@@ -70,10 +73,13 @@ fn shared_point(point: GemmPoint) -> GemmPoint {
     GemmPoint { stages: stages.max(2), ..point }
 }
 
-/// Entries of the tile list for `rows` rows.
-pub fn tiles_max(sizes: MoeSizes, point: GemmPoint, rows: u32) -> u32 {
+/// Tokens of a tile, at least, whatever the point: what is reserved for a list of tiles counts on it.
+pub const TOKENS_MIN: u32 = 32;
+
+/// Entries of the list for `rows` rows of tiles of `tokens` tokens.
+pub fn tiles_max(sizes: MoeSizes, tokens: u32, rows: u32) -> u32 {
     // Every expert may leave one tile unfilled; no expert has more pairs than rows.
-    (rows * sizes.top_k / point.tokens + sizes.experts).min(rows.div_ceil(point.tokens) * sizes.experts)
+    (rows * sizes.top_k / tokens + sizes.experts).min(rows.div_ceil(tokens) * sizes.experts)
 }
 
 /// What is compiled.
@@ -136,7 +142,7 @@ impl Prefill {
 
     /// The routed experts up to the last matmul, for `args.rows` sorted rows.
     pub fn up(&self, gpu: &dyn Gpu, args: MoeUpArgs) -> Result<(), DeviceError> {
-        let grid = [self.sizes.inner / BLOCK_F, tiles_max(self.sizes, self.point, args.rows), 1];
+        let grid = [self.sizes.inner / BLOCK_F, tiles_max(self.sizes, self.point.tokens, args.rows), 1];
         let shape = Launch { grid, threads: self.point.threads(), shared: self.point.shared(Format::Fp4) };
         gpu.launch(self.kernels[2], shape, args.bytes().as_slice())
     }
@@ -151,7 +157,7 @@ impl Prefill {
     /// The routed experts' last matmul for `rows` rows. Slices start and end at multiples of 64 outputs.
     pub fn down(&self, gpu: &dyn Gpu, rows: u32, args: MoeDownArgs) -> Result<(), DeviceError> {
         self.check_slice(args.first_out, args.outs);
-        let grid = [args.outs.div_ceil(self.point.outs), tiles_max(self.sizes, self.point, rows), 1];
+        let grid = [args.outs.div_ceil(self.point.outs), tiles_max(self.sizes, self.point.tokens, rows), 1];
         let shape = Launch { grid, threads: self.point.threads(), shared: self.point.shared(Format::Fp4) };
         gpu.launch(self.kernels[4], shape, args.bytes().as_slice())
     }

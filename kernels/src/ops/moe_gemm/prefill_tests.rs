@@ -77,7 +77,7 @@ fn sort(w: &World) -> Sorted {
     let pairs = w.chosen.len();
     let chosen = w.bench.upload(&w.chosen);
     let counts = w.bench.buffer::<u32>(w.sizes.experts as usize);
-    let max = tiles_max(w.sizes, w.point, w.rows as u32) as usize;
+    let max = tiles_max(w.sizes, w.point.tokens, w.rows as u32) as usize;
     let out = Sorted {
         pairs: w.bench.buffer::<u32>(pairs),
         tiles: w.bench.buffer::<u32>(max * 4),
@@ -112,7 +112,7 @@ fn pairs_are_sorted_by_expert_then_row() {
             tiles.extend((0..count.div_ceil(step)).map(|t| [e, first + t * step, (count - t * step).min(step), 0]));
         }
         assert_eq!(sorted.tile_count.values::<u32>().unwrap(), [tiles.len() as u32]);
-        assert!(tiles.len() as u32 <= tiles_max(sizes, w.point, rows as u32));
+        assert!(tiles.len() as u32 <= tiles_max(sizes, w.point.tokens, rows as u32));
         let found: Vec<u32> = sorted.tiles.values().unwrap();
         assert_eq!(found[..tiles.len() * 4], *tiles.as_flattened());
     }

@@ -46,10 +46,14 @@ pub fn arrivals(rows_max: u64) -> u64 {
     rows_max.div_ceil(u64::from(ROWS))
 }
 
+/// Whether there are kernels for that: a choice fits a warp, rows are whole vectors.
+pub fn is_possible(hidden: usize, experts: usize, chosen: usize) -> bool {
+    chosen <= experts && chosen <= 32 && experts <= 1024 && hidden.is_multiple_of(8)
+}
+
 /// What is compiled for `chosen` of `experts` experts of rows of `hidden` values; kernels gate, route.
 pub fn unit(hidden: usize, experts: usize, chosen: usize, numerics: Numerics) -> Unit {
-    assert!(chosen <= experts && chosen <= 32 && experts <= 1024, "{chosen} of {experts} experts do not fit a warp");
-    assert!(hidden.is_multiple_of(8), "a width of {hidden} is not whole vectors");
+    assert!(is_possible(hidden, experts, chosen), "{chosen} of {experts} experts of a width of {hidden}");
     Unit {
         family: "router",
         source: concat!(include_str!("../hyper_connection/eight.cuh"), include_str!("router.cu")),

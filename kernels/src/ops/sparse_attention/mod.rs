@@ -63,6 +63,15 @@ pub struct Sizes {
 }
 
 impl Sizes {
+    /// Whether there are kernels for them: heads of whole slices, whole pairs and tiles.
+    pub fn are_possible(&self) -> bool {
+        self.head_dim.is_multiple_of(64)
+            && self.head_dim <= 512
+            && self.rope.is_multiple_of(8)
+            && self.rope <= self.head_dim
+            && self.window.is_multiple_of(KEYS)
+    }
+
     /// Each warp has a slice of the channels, whole k steps of 16.
     fn threads(&self) -> u32 {
         if self.head_dim.is_multiple_of(128) { 256 } else { 128 }
@@ -101,8 +110,7 @@ impl Sizes {
 /// What is compiled: `attend`, `attend_long`.
 pub fn unit(sizes: Sizes, numerics: Numerics) -> Unit {
     let Sizes { head_dim, rope, window, capacity, ratio, topk, per_page, .. } = sizes;
-    assert!(head_dim % 64 == 0 && head_dim <= 512, "{sizes:?}: heads are multiples of 64 channels up to 512");
-    assert!(rope % 8 == 0 && rope <= head_dim && window % KEYS == 0, "{sizes:?}: whole pairs and tiles");
+    assert!(sizes.are_possible(), "attention of {sizes:?}");
     let scale = (std::f64::consts::LOG2_E / f64::from(head_dim).sqrt()) as f32;
     Unit {
         family: "sparse_attention",
