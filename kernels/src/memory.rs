@@ -1,8 +1,8 @@
 //! How much memory a rank needs: weights, caches, what a step works in, and what surrounds them. Pure arithmetic.
 //!
 //! Lines are exact (weights, caches, a GPU's workspace), bounded by reading the forward pass (the CPU's) or assumed (a
-//! process, a device context), and say which. All count what the backends allocate, the GPU's for published
-//! numerics: the others are for tests and need up to twice its caches and workspace.
+//! process, a device context), and say which. All count what the backends allocate, the GPU's in the numerics asked
+//! for: float32 activations need up to twice the caches and workspace.
 //! Also here: what a step reads of all that, for floors under its time.
 //! Absent: what a machine has, and the verdict; who plans knows the machine.
 
@@ -34,8 +34,6 @@ const DEVICE_CONTEXT_BYTES: u64 = 512 * MIB;
 const GRAPHS_BYTES: u64 = 256 * MIB;
 /// Buffers of the exchange between ranks.
 const COMMUNICATION_BYTES: u64 = GIB;
-/// An activation as the GPU stores it in published numerics.
-const STORED_BYTES: u64 = 2;
 /// Left to others on a GB10, where memory that runs short ends the machine and not a program.
 const GB10_RESERVE_BYTES: u64 = 6 * GIB;
 const VALUE_BYTES: u64 = 4;
@@ -96,6 +94,8 @@ pub struct Asked {
     pub chunk: u64,
     /// Compute threads of a rank.
     pub threads: u64,
+    /// Activation arithmetic: how a GPU stores activations. The CPU's are float32 in any.
+    pub numerics: Numerics,
     /// Whether the logits of all rows are wanted, not only those of a next token.
     pub all_logits: bool,
     /// Bytes to leave to others; by the host's kind if none.
@@ -184,7 +184,8 @@ fn cache_bytes(config: &ModelConfig, asked: &Asked) -> u64 {
     let one = match asked.target {
         Target::Cpu => sequence_bytes(config, asked.chunk.max(1 + DRAFTS_MAX) as usize, asked.context),
         Target::Cuda | Target::Card => {
-            StateSize { slots: 1, context: to_u32(asked.context), act_bytes: STORED_BYTES }.bytes(config)
+            let act_bytes = asked.numerics.act_bytes();
+            StateSize { slots: 1, context: to_u32(asked.context), act_bytes }.bytes(config)
         }
     };
     one.saturating_mul(asked.sequences)
@@ -195,29 +196,29 @@ fn to_u32(count: u64) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
 
-/// Bytes of a GPU's workspace, and of the small tensors that it keeps as float32.
-fn device_workspace_bytes(ranks: &Ranks<'_>, rank: u32, asked: &Asked) -> u64 {
-    let Ok(tp) = Tp::new(rank, ranks.tp) else { return 0 };
+/// Bytes of a GPU's workspace, and of the small tensors that it keeps as float32. Errors: those of [`tables`].
+fn device_workspace_bytes(ranks: &Ranks<'_>, rank: u32, asked: &Asked) -> Result<u64, ModelError> {
+    let tp = Tp::new(rank, ranks.tp)?;
     let shape = Shape::new(ranks.config, tp);
     let rows = to_u32(asked.chunk.max(1 + DRAFTS_MAX));
-    let need = Need::new(ranks.config, shape, Numerics::Published, rows, to_u32(asked.context));
-    let buffers: u64 = Workspace::sizes(&need).iter().map(|(_, bytes)| bytes).sum();
-    let widened = |row: &dsv4_model::tensors::TensorRow| -> Result<u64, ModelError> {
-        Ok(if is_small(row.id.kind) { row.local_shape(tp)?.iter().product::<u64>() * VALUE_BYTES } else { 0 })
-    };
-    buffers + table(ranks.config).iter().filter_map(|row| widened(row).ok()).sum::<u64>()
+    let need = Need::new(ranks.config, shape, asked.numerics, rows, to_u32(asked.context));
+    let mut bytes: u64 = Workspace::sizes(&need).iter().map(|(_, bytes)| bytes).sum();
+    for row in table(ranks.config).iter().filter(|row| is_small(row.id.kind)) {
+        bytes += row.local_shape(tp)?.iter().product::<u64>() * VALUE_BYTES;
+    }
+    Ok(bytes)
 }
 
-/// What every rank of a machine needs.
-pub fn tables(ranks: &Ranks<'_>, asked: &Asked) -> Vec<RankTable> {
+/// What every rank of a machine needs. Errors: a number of ranks that cannot cut the model.
+pub fn tables(ranks: &Ranks<'_>, asked: &Asked) -> Result<Vec<RankTable>, ModelError> {
     let caches = cache_bytes(ranks.config, asked);
-    let of = |&(rank, weights): &(u32, u64)| {
+    let of = |&(rank, weights): &(u32, u64)| -> Result<RankTable, ModelError> {
         let mut lines = vec![("weights", weights, Basis::Exact), ("KV caches", caches, Basis::Exact)];
         if asked.target == Target::Cpu {
             let workspace = workspace_bytes(ranks, asked);
             lines.extend([("workspace", workspace, Basis::Bound), ("process", PROCESS_BYTES, Basis::Assumed)]);
         } else {
-            lines.push(("workspace", device_workspace_bytes(ranks, rank, asked), Basis::Exact));
+            lines.push(("workspace", device_workspace_bytes(ranks, rank, asked)?, Basis::Exact));
             lines.push(("graphs", GRAPHS_BYTES, Basis::Assumed));
         }
         // A card's context is there before anybody asks what is free; the rest lies in the machine's memory.
@@ -231,7 +232,7 @@ pub fn tables(ranks: &Ranks<'_>, asked: &Asked) -> Vec<RankTable> {
             ]);
         }
         let lines = lines.into_iter().map(|(what, bytes, basis)| Line { what, bytes, basis }).collect();
-        RankTable { rank, lines }
+        Ok(RankTable { rank, lines })
     };
     ranks.here.iter().map(of).collect()
 }
@@ -260,7 +261,13 @@ impl StepBytes {
 /// What a trunk step of `rows` rows behind `context` positions of one sequence has to read on the GPU, everything
 /// once: weights, of experts as many as the rows choose if no two choose the same; window rows, all index entries
 /// and the long-range entries they lead to, all others. Errors: a tensor that cannot be cut for `tp`.
-pub fn step_bytes(config: &ModelConfig, tp: Tp, rows: u64, context: u64) -> Result<StepBytes, ModelError> {
+pub fn step_bytes(
+    config: &ModelConfig,
+    tp: Tp,
+    numerics: Numerics,
+    rows: u64,
+    context: u64,
+) -> Result<StepBytes, ModelError> {
     let mut weights = 0;
     for row in table(config) {
         if matches!(row.id.block, Block::Draft(_)) {
@@ -276,7 +283,8 @@ pub fn step_bytes(config: &ModelConfig, tp: Tp, rows: u64, context: u64) -> Resu
             _ => bytes,
         };
     }
-    let (row, index) = (config.head_dim * STORED_BYTES, config.index_head_dim * STORED_BYTES);
+    let stored = numerics.act_bytes();
+    let (row, index) = (config.head_dim * stored, config.index_head_dim * stored);
     let caches = layers(config).into_iter().map(|layer| {
         let window = context.min(config.sliding_window) * row;
         let entries = context.checked_div(u64::from(layer.ratio)).unwrap_or(0);
@@ -290,17 +298,20 @@ pub fn step_bytes(config: &ModelConfig, tp: Tp, rows: u64, context: u64) -> Resu
 }
 
 /// The largest context in whole pages, or the model's own, for which all ranks here need at most `usable` bytes.
-pub fn largest_context(ranks: &Ranks<'_>, asked: &Asked, usable: u64) -> Option<u64> {
+/// Errors: those of [`tables`].
+pub fn largest_context(ranks: &Ranks<'_>, asked: &Asked, usable: u64) -> Result<Option<u64>, ModelError> {
     let model = ranks.config.max_position_embeddings;
     let context = |pages: u64| (pages * PAGE_TOKENS).min(model);
-    let fits = |pages: u64| total(&tables(ranks, &Asked { context: context(pages), ..*asked })) <= usable;
+    let fits = |pages: u64| -> Result<bool, ModelError> {
+        Ok(total(&tables(ranks, &Asked { context: context(pages), ..*asked })?) <= usable)
+    };
     // Needs grow with the context: `low` pages fit, `high` pages do not.
     let (mut low, mut high) = (0, model.div_ceil(PAGE_TOKENS) + 1);
     while high - low > 1 {
         let middle = low + (high - low) / 2;
-        if fits(middle) { low = middle } else { high = middle }
+        if fits(middle)? { low = middle } else { high = middle }
     }
-    (low > 0).then(|| context(low))
+    Ok((low > 0).then(|| context(low)))
 }
 
 #[cfg(test)]
@@ -315,12 +326,13 @@ mod tests {
     }
 
     fn asked(target: Target, context: u64) -> Asked {
-        Asked { target, context, sequences: 1, chunk: 256, threads: 20, all_logits: false, reserve: None }
+        let numerics = Numerics::Published;
+        Asked { target, context, sequences: 1, chunk: 256, threads: 20, numerics, all_logits: false, reserve: None }
     }
 
     fn lines(tp: u32, asked: &Asked) -> Vec<(&'static str, u64, &'static str)> {
         let config = flash();
-        let tables = tables(&Ranks { config: &config, tp, here: &[(0, FLASH_TP2_BYTES)] }, asked);
+        let tables = tables(&Ranks { config: &config, tp, here: &[(0, FLASH_TP2_BYTES)] }, asked).unwrap();
         tables[0].lines.iter().map(|l| (l.what, l.bytes, l.basis.name())).collect()
     }
 
@@ -375,13 +387,43 @@ mod tests {
         assert_eq!(lines(2, &Asked { target: Target::Card, ..asked }), card);
         // One rank exchanges nothing.
         assert_eq!(lines(1, &asked)[4], ("communication", 0, "assumed"));
+        // In float numerics windows and entries are of float32 values; the compressors' rings are in any.
+        let float = Asked { numerics: Numerics::Float, ..asked };
+        let table = lines(2, &float);
+        assert_eq!(table[1].1, 3 * (2 * entries + rings + 2 * 44 * 144 * 512 * 2 + 256 * 4));
+        assert_eq!(table[2].1, device_workspace(Numerics::Float, 256, 65_536));
+        assert_eq!(workspace, device_workspace(Numerics::Published, 256, 65_536));
+        // What the CPU needs does not depend on them.
+        let of = |numerics| lines(2, &Asked { numerics, target: Target::Cpu, ..asked });
+        assert_eq!(of(Numerics::Float), of(Numerics::Published));
+    }
+
+    /// What the GPU backend reserves for steps of Flash on a rank of two, and what it widens.
+    fn device_workspace(numerics: Numerics, rows: u32, context: u32) -> u64 {
+        let (config, tp) = (flash(), Tp::new(0, 2).unwrap());
+        let need = Need::new(&config, Shape::new(&config, tp), numerics, rows, context);
+        let small = table(&config).into_iter().filter(|row| is_small(row.id.kind));
+        let widened: u64 = small.map(|row| row.local_shape(tp).unwrap().iter().product::<u64>() * 4).sum();
+        Workspace::sizes(&need).iter().map(|(_, bytes)| bytes).sum::<u64>() + widened
+    }
+
+    /// A plan of what cannot be is no plan of less.
+    #[test]
+    fn a_number_of_ranks_that_cannot_be() {
+        let config = flash();
+        let ranks = Ranks { config: &config, tp: 3, here: &[(0, 0)] };
+        for numerics in [Numerics::Published, Numerics::Float] {
+            let asked = Asked { numerics, ..asked(Target::Card, 256) };
+            assert!(matches!(tables(&ranks, &asked), Err(ModelError::Tp { found: 3 })));
+            assert!(matches!(largest_context(&ranks, &asked, u64::MAX), Err(ModelError::Tp { found: 3 })));
+        }
     }
 
     /// A token of Flash on one of two ranks: 6.26 GB (the kernel guide counts them by hand).
     #[test]
     fn what_a_step_reads() {
         let (config, tp) = (flash(), Tp::new(0, 2).unwrap());
-        let of = |rows, context| step_bytes(&config, tp, rows, context).unwrap();
+        let of = |rows, context| step_bytes(&config, tp, Numerics::Published, rows, context).unwrap();
         let one = of(1, 0);
         assert_eq!(one.caches, 0);
         assert!((6.2e9..6.4e9).contains(&(one.weights as f64)), "{one:?}");
@@ -394,6 +436,8 @@ mod tests {
         let (window, csa, hca) = (43 * 128 * 1024, 21 * (16_384 * 256 + 512 * 1024), 20 * 512 * 1024);
         assert_eq!(far, window + csa + hca);
         assert_eq!(of(2, 65_536).caches - far, 21 * 512 * 1024);
+        let float = step_bytes(&config, tp, Numerics::Float, 1, 65_536).unwrap();
+        assert_eq!((float.weights, float.caches), (one.weights, 2 * far));
     }
 
     #[test]

@@ -17,6 +17,14 @@ impl Numerics {
             Numerics::Published => "published",
         }
     }
+
+    /// Bytes of an activation as a GPU stores it.
+    pub fn act_bytes(self) -> u64 {
+        match self {
+            Numerics::Float => 4,
+            Numerics::Published => 2,
+        }
+    }
 }
 
 /// Rounds to bfloat16, ties to even.

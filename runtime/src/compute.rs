@@ -173,7 +173,8 @@ impl Compute {
         let mut facts = vec![("backend", self.name().to_owned())];
         if let Compute::Gpu(device) = self {
             let driver = host.driver.as_ref().map_or("not known".to_owned(), |d| d.version.clone());
-            facts.extend([("arch", device.gpu.facts().arch()), ("driver", driver)]);
+            let on_gpu = device.gpu.facts();
+            facts.extend([("arch", on_gpu.arch()), ("cuda", on_gpu.driver.to_string()), ("driver", driver)]);
         }
         facts
     }

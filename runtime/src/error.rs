@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use dsv4_format::FormatError;
 use dsv4_kernels::device::DeviceError;
 use dsv4_kernels::gpu::GpuError;
+use dsv4_kernels::gpu::shape::ShapeError;
 use dsv4_kernels::gpu::weights::DeviceWeightsError;
 use dsv4_kernels::reference::ReferenceError;
 use dsv4_kernels::weights::WeightsError;
@@ -112,6 +113,8 @@ pub enum RunError {
     /// The GPU, its driver, its memory.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
     /// A step on the GPU.
     #[error(transparent)]
     Gpu(#[from] GpuError),
@@ -149,6 +152,9 @@ impl RunError {
         match self {
             RunError::Usage(_) => 2,
             RunError::Preflight { code, .. } => *code,
+            // The artifact's kernels are not this program's: no fault of the device.
+            RunError::Device(DeviceError::NoKernel { .. })
+            | RunError::Gpu(GpuError::Device(DeviceError::NoKernel { .. })) => 3,
             RunError::Format(
                 FormatError::Memory { .. }
                 | FormatError::LowMemory { .. }
@@ -183,4 +189,18 @@ impl From<DeviceWeightsError> for RunError {
 pub fn fact(error: &dyn std::error::Error) -> String {
     let text = error.to_string();
     text.split_once("\n  help: ").map_or(text.clone(), |(fact, _)| fact.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_that_are_not_there_are_the_artifacts_fault() {
+        let missing = || DeviceError::NoKernel { kernel: "attend".into(), unit: "cubin".into() };
+        assert_eq!(RunError::from(missing()).exit_code(), 3);
+        assert_eq!(RunError::from(GpuError::from(missing())).exit_code(), 3);
+        assert_eq!(RunError::from(DeviceError::NoDriver).exit_code(), 4);
+        assert_eq!(RunError::from(GpuError::from(DeviceError::NoDriver)).exit_code(), 4);
+    }
 }

@@ -13,9 +13,11 @@ use dsv4_format::{BLOCK_BYTES, Digest, FormatError, LoadOptions, LoadReport, NoP
 use dsv4_kernels::collective::Collective;
 use dsv4_kernels::device::{Buffer, DeviceError, Gpu, HostMemory};
 use dsv4_kernels::gpu::kernels::Kernels;
+use dsv4_kernels::gpu::shape::Shape;
 use dsv4_kernels::gpu::weights::{DeviceWeights, fill};
 use dsv4_kernels::gpu::{GpuBackend, GpuError, GpuOptions, Reserved};
 use dsv4_kernels::numerics::Numerics;
+use dsv4_kernels::ops::dense_gemm::native::Verdict;
 use dsv4_kernels::tuning::Tuning;
 use dsv4_model::Tp;
 
@@ -53,6 +55,7 @@ impl<'a> Found<'a> {
         if tuning.arch != arch {
             return Err(refused(format!("one for {}", tuning.arch), &arch));
         }
+        Shape::check(&opened.config, tp, numerics, &tuning)?;
         Ok(Found { opened, gpu, arch, tp, numerics, tuning })
     }
 
@@ -205,6 +208,25 @@ impl Ready {
     /// How the block-scaled kernels did when they were checked, a line each; none where the GPU has none.
     pub fn verdicts(&self) -> String {
         self.kernels.verdicts.iter().map(|verdict| format!("{verdict}\n")).collect()
+    }
+
+    /// Whether long steps use the block-scaled kernels, after ranks have agreed.
+    pub fn is_block_scaled(&self) -> bool {
+        self.kernels.is_native()
+    }
+
+    /// The same as a line; none where the GPU has no such kernels.
+    pub fn outcome(&self) -> &'static str {
+        let verdicts = &self.kernels.verdicts;
+        if verdicts.is_empty() {
+            ""
+        } else if self.is_block_scaled() {
+            "long steps use the block-scaled kernels\n"
+        } else if verdicts.iter().all(Verdict::accepted) {
+            "long steps use the portable kernels: another rank's block-scaled ones have failed their check\n"
+        } else {
+            "long steps use the portable kernels: a block-scaled one has failed its check\n"
+        }
     }
 
     /// Uses the block-scaled kernels only if those of all ranks have passed: they may round sums otherwise than the

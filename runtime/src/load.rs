@@ -202,6 +202,8 @@ pub fn load_watched(
 /// `load`: one rank into memory and out of it again. Errors: those of a start.
 pub fn run_load(artifact: &Path, args: &LoadArgs) -> Result<(), RunError> {
     let opened = open(artifact)?;
+    // A rank that is not here is told as what it is, before anything is planned or measured for it.
+    opened.require_rank(args.rank)?;
     let (compute, note) = choose(args.backend, &opened.artifact, &|| cuda(0))?;
     if let (Some(note), false) = (note, args.quiet) {
         tell(&note);
@@ -214,6 +216,7 @@ pub fn run_load(artifact: &Path, args: &LoadArgs) -> Result<(), RunError> {
         sequences: 1,
         chunk: 1,
         threads: threads as u64,
+        numerics: Numerics::Published,
         all_logits: false,
         reserve: args.reserve,
     };
@@ -225,8 +228,6 @@ pub fn run_load(artifact: &Path, args: &LoadArgs) -> Result<(), RunError> {
         staged: args.staged,
         floor: floor(args.floor, args.reserve, &host, compute.target()),
     };
-    // A rank that is not here is told as what it is, before its disk is measured.
-    opened.require_rank(args.rank)?;
     let disk = disk::probe(&opened.artifact.rank_path(args.rank), PROBE_WITHIN)?;
     let bar = Bar::new(args.quiet);
     let report = match &compute {

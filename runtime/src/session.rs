@@ -199,6 +199,9 @@ fn load_gpu(
     if let Some(collective) = collective {
         ready.agree(collective)?;
     }
+    if !settings.quiet {
+        tell(ready.outcome());
+    }
     let (loaded, report) = ready.load(opened, &load_options(settings), progress)?;
     tell_loaded(settings, rank, &report);
     meet(collective)?;
@@ -229,6 +232,7 @@ fn agree(opened: &Opened, settings: &Settings, rank: u32, control: &mut Option<C
             sequences: 1,
             chunk: settings.chunk as u64,
             threads: settings.threads as u64,
+            numerics: settings.numerics,
             all_logits: false,
             reserve: settings.reserve,
         };

@@ -25,6 +25,8 @@ use crate::skip;
 /// A directory with artifacts that have kernels for this machine's GPU: `nano1.dsv4`, `nano2.dsv4`, `tiny1.dsv4`,
 /// `tiny2.dsv4`. Without it they are packed here, which needs NVRTC.
 const ARTIFACTS: &str = "DSV4_ARTIFACTS";
+/// Set to 1 where there is a GPU: a test that would run on the emulator instead fails.
+const REQUIRE_GPU: &str = "DSV4_REQUIRE_GPU";
 /// What the emulator poses as.
 const EMULATED: (u32, u32) = (9, 0);
 
@@ -32,21 +34,34 @@ fn built(what: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../target").join(what)
 }
 
-/// Whether this machine has a GPU that can be used.
-pub fn is_real() -> bool {
-    Cuda::count().is_ok_and(|count| count > 0)
+/// What a driver gives, or none where there is no GPU. Panics for everything else: a GPU that cannot be used is no
+/// reason to test an emulator.
+fn there<T>(found: Result<T, DeviceError>) -> Option<T> {
+    match found {
+        Ok(found) => Some(found),
+        Err(DeviceError::NoDriver | DeviceError::NoGpu { .. }) => None,
+        Err(error) => panic!("{error}"),
+    }
 }
 
-/// The GPU of this machine, or the emulator; says so where neither can be.
+/// Whether this machine has a GPU. Panics where it has one that cannot be used.
+pub fn is_real() -> bool {
+    there(Cuda::count()).is_some_and(|count| count > 0)
+}
+
+/// The GPU of this machine, or the emulator where there is none; says so where neither can be. Panics where a GPU cannot
+/// be used, and where [`REQUIRE_GPU`] asks for one that is not there.
 pub fn open() -> Option<Device> {
-    match cuda(0) {
-        Ok(device) => Some(device),
-        Err(_) if Emulated::is_possible() => Some(emulator()),
-        Err(error) => {
-            skip(&format!("no emulator (it needs x86-64 and a C++ compiler), and {error}"));
-            None
-        }
+    if let Some(device) = there(cuda(0)) {
+        return Some(device);
     }
+    let required = std::env::var_os(REQUIRE_GPU).is_some_and(|value| value == "1");
+    assert!(!required, "no GPU here, and {REQUIRE_GPU} is 1");
+    if Emulated::is_possible() {
+        return Some(emulator());
+    }
+    skip("no GPU, and no emulator (it needs x86-64 and a C++ compiler)");
+    None
 }
 
 /// The emulator, in disguise.
@@ -145,5 +160,23 @@ impl Gpu for Posing {
     forward_gpu! {
         alloc free write read fill copy allow_overlap set_overlap overlaps launch sync begin_capture end_capture
         abort_capture replay forget_graph mark seconds_between forget_marks memory host send is_sent
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_gpu_there_is_none() {
+        assert_eq!(there(Ok(3)), Some(3));
+        assert_eq!(there::<u32>(Err(DeviceError::NoDriver)), None);
+        assert_eq!(there::<u32>(Err(DeviceError::NoGpu { ordinal: 0, found: "none".into() })), None);
+    }
+
+    #[test]
+    #[should_panic(expected = "CUDA 12.8")]
+    fn a_driver_that_fails_is_no_reason_for_the_emulator() {
+        there::<u32>(Err(DeviceError::OldDriver { expected: "13.0".into(), found: "12.8".into() }));
     }
 }

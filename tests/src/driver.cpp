@@ -1,7 +1,7 @@
 // A CUDA driver that has memory and no GPU: it loads anything, copies what it is told to, and launches nothing.
 //
 // What it says of itself is set where it is compiled:
-// VERSION, INIT (what cuInit gives), COUNT, MAJOR, MINOR, UNIFIED, TOTAL, FREE.
+// VERSION, INIT (what cuInit gives), COUNT, MAJOR, MINOR, UNIFIED, TOTAL, FREE, KERNELS (whether modules have any).
 #include <cstdlib>
 #include <cstring>
 
@@ -52,7 +52,7 @@ R cuEventSynchronize(H) { return 0; }
 R cuEventElapsedTime_v2(float* ms, H, H) { *ms = 1; return 0; }
 R cuModuleLoadData(H* module, const void*) { *module = (H)6; return 0; }
 R cuModuleUnload(H) { return 0; }
-R cuModuleGetFunction(H* function, H, const char*) { *function = (H)7; return 0; }
+R cuModuleGetFunction(H* function, H, const char*) { *function = (H)7; return KERNELS ? 0 : 500; }
 R cuFuncSetAttribute(H, int, int) { return 0; }
 R cuLaunchKernel(H, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, H, void**, void**) { return 0; }
 R cuLaunchKernelEx(const void*, H, void**, void**) { return 0; }

@@ -26,12 +26,14 @@ pub struct Says {
     pub unified: bool,
     /// Free memory of 80 GiB, bytes.
     pub free: u64,
+    /// A module has the kernels that it is asked for.
+    pub kernels: bool,
 }
 
 impl Default for Says {
     /// A GB10 with memory of its own.
     fn default() -> Says {
-        Says { version: 13_000, init: 0, count: 1, capability: (12, 1), unified: false, free: 79 << 30 }
+        Says { version: 13_000, init: 0, count: 1, capability: (12, 1), unified: false, free: 79 << 30, kernels: true }
     }
 }
 
@@ -44,7 +46,7 @@ impl Driver {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let source = dir.path().join("driver.cpp");
         std::fs::write(&source, SOURCE).expect("a source");
-        let Says { version, init, count, capability: (major, minor), unified, free } = says;
+        let Says { version, init, count, capability: (major, minor), unified, free, kernels } = says;
         let defines = [
             format!("-DVERSION={version}"),
             format!("-DINIT={init}"),
@@ -54,6 +56,7 @@ impl Driver {
             format!("-DUNIFIED={}", i32::from(unified)),
             format!("-DTOTAL={}ull", 80u64 << 30),
             format!("-DFREE={free}ull"),
+            format!("-DKERNELS={}", i32::from(kernels)),
         ];
         let library = dir.path().join("libcuda.so");
         let mut command = Command::new("c++");

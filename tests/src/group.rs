@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread::JoinHandle;
 
 use dsv4_format::LoadOptions;
-use dsv4_kernels::collective::{Alone, Collective};
+use dsv4_kernels::collective::{Alone, Collective, CollectiveError};
 use dsv4_kernels::device::Gpu;
 use dsv4_kernels::gpu::{GpuBackend, GpuOptions};
 use dsv4_kernels::numerics::Numerics;
@@ -30,6 +30,24 @@ pub fn addresses(ranks: u32) -> Vec<String> {
     let process = std::process::id();
     let host = format!("127.{}.{}.{}", 1 + (process >> 8) % 250, process % 256, 1 + group % 250);
     (0..ranks).map(|rank| format!("{host}:{}", 20_000 + group / 250 * 8 + rank as u16)).collect()
+}
+
+/// Another rank whose every summand is 0: as one says that its block-scaled kernels have failed.
+pub struct Failed;
+
+impl Collective for Failed {
+    fn rank(&self) -> u32 {
+        0
+    }
+    fn size(&self) -> u32 {
+        2
+    }
+    fn all_reduce(&mut self, _data: &mut [f32]) -> Result<(), CollectiveError> {
+        Ok(())
+    }
+    fn gather(&mut self, _mine: &[f32], _out: &mut [f32]) -> Result<(), CollectiveError> {
+        Err(CollectiveError("a rank that only sums".into()))
+    }
 }
 
 /// A group of ranks, ready.
@@ -71,6 +89,16 @@ impl Group {
             let loaded = ready.load(opened, &LoadOptions { threads: 1, ..LoadOptions::default() }, &Unwatched);
             loaded.unwrap_or_else(|e| panic!("{e}")).0.backend(collective).into()
         })
+    }
+
+    /// One rank on the GPU or its emulator, with portable kernels alone, as if another rank's block-scaled ones had failed.
+    pub fn on_gpu_portable(artifact: &Path, numerics: Numerics, options: GpuOptions) -> Group {
+        let opened = open(artifact).unwrap_or_else(|e| panic!("{e}"));
+        let gpu = device::open().expect("a GPU, as before").gpu;
+        let mut ready = Ready::new(&opened, gpu, 0, numerics, options).unwrap_or_else(|e| panic!("{e}"));
+        ready.agree(&mut Failed).unwrap_or_else(|e| panic!("{e}"));
+        let loaded = ready.load(&opened, &LoadOptions::default(), &Unwatched).unwrap_or_else(|e| panic!("{e}"));
+        Group::alone(loaded.0.backend(Box::new(Alone)))
     }
 
     fn of(artifact: &Path, make: impl Fn(&Opened, u32, Box<dyn Collective>) -> Rank + Send + Sync + 'static) -> Group {

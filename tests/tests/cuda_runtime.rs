@@ -12,8 +12,10 @@ use dsv4_format::KernelInput;
 use dsv4_kernels::device::DeviceError;
 use dsv4_kernels::gpu::GpuOptions;
 use dsv4_kernels::gpu::kernels::Kernels;
+use dsv4_kernels::gpu::state::StateSize;
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::ops::Mat;
+use dsv4_kernels::ops::dense_gemm::native::ARCH;
 use dsv4_kernels::tuning::Tuning;
 use dsv4_model::ops::{Segment, Step};
 use dsv4_model::{ModelConfig, Tp};
@@ -98,7 +100,7 @@ fn conversations(tp: u32, drafts: &[usize], count: usize) {
     }
     let art = packed("nano", tp);
     for numerics in [Numerics::Published, Numerics::Float] {
-        if numerics == Numerics::Float && !is_real() {
+        if numerics == Numerics::Float && !needs_gpu("conversations in float numerics") {
             continue;
         }
         let started = Instant::now();
@@ -166,7 +168,8 @@ fn decode(rows: &[(u32, u32, u32)]) -> Command {
     })
 }
 
-/// Sequences decoded together have the bits that each has alone, and recorded steps those of launched ones.
+/// Sequences decoded together have the bits that each has alone; recorded steps those of launched ones, and kernels that
+/// start while the one ahead ends those of kernels one after another.
 #[test]
 fn batched_equals_alone_and_recorded_equals_launched() {
     if !can_run() {
@@ -188,8 +191,11 @@ fn batched_equals_alone_and_recorded_equals_launched() {
     };
     let token = |sequence: usize, step: usize| 2 + ((sequence * 977 + step * 131) % 2000) as u32;
     let mut runs: Vec<Vec<Vec<f32>>> = Vec::new();
-    for graphs in [true, false] {
+    let ways = [(true, true), (false, true), (true, false), (false, false)];
+    // The emulator runs kernels one after another.
+    for (graphs, overlap) in ways.into_iter().filter(|(_, overlap)| *overlap || is_real()) {
         group.gpu().set_graphs(graphs);
+        group.gpu().set_overlap(overlap);
         let mut alone = vec![Vec::new(); prompts.len()];
         for (i, prompt) in prompts.iter().enumerate() {
             fill(&mut group, i as u32, prompt);
@@ -273,6 +279,12 @@ fn a_bench() {
     println!("{}", lines.borrow());
     assert_eq!((&out["tp"], &out["rank"], &out["solo"]), (&2.into(), &1.into(), &true.into()));
     assert_eq!(out["weights_bytes"], opened.artifact.arena_bytes(1).unwrap());
+    // Only sm_121a has block-scaled kernels to check.
+    let has_some = gpu.gpu.facts().arch() == ARCH;
+    let checks = out["block_scaled"]["checks"].as_array().unwrap();
+    assert_eq!((&out["block_scaled"]["used"], checks.len()), (&has_some.into(), if has_some { 2 } else { 0 }));
+    assert_eq!(lines.borrow().contains("block-scaled"), has_some);
+    assert!(out["method"].as_str().unwrap().contains("made up"));
     assert!(out["copy_bytes_per_second"].as_f64().unwrap() > 1e6);
     let cells: Vec<&Value> = ["decode", "prefill"].iter().flat_map(|of| out[of].as_array().unwrap()).collect();
     let places: Vec<_> = cells.iter().map(|c| (c["context"].as_u64().unwrap(), c["rows"].as_u64().unwrap())).collect();
@@ -283,6 +295,8 @@ fn a_bench() {
         }
         let decode = cell["rows"].as_u64().unwrap() <= 16;
         assert_eq!(cell["recorded"], decode, "{cell}");
+        let of = |time: &str| cell[time].as_f64().unwrap();
+        assert_eq!(of("gap_seconds"), of("gpu_seconds") - of("kernel_seconds"), "{cell}");
         let kernels = cell["kernels"].as_array().unwrap();
         let count: u64 = kernels.iter().map(|k| k["count"].as_u64().unwrap()).sum();
         assert_eq!(cell["launches"], count, "every launch has a name: {cell}");
@@ -295,7 +309,14 @@ fn a_bench() {
     assert!(cells[1]["caches_bytes"].as_u64() > Some(0) && cells[0]["caches_bytes"] == 0);
     // The artifact's own weights lead through the same steps.
     let few = Plan { decode: vec![(0, 1)], prefill: vec![], ..plan.clone() };
-    assert_eq!(of(Weights::File, &few)["decode"][0]["launches"], cells[0]["launches"]);
+    assert_eq!(of(Weights::File { reserve: None }, &few)["decode"][0]["launches"], cells[0]["launches"]);
+}
+
+/// A whole ELF file with nothing in it.
+fn empty_elf() -> Vec<u8> {
+    let mut file = b"\x7fELF\x02\x01".to_vec();
+    file.resize(64, 0);
+    file
 }
 
 /// An artifact with kernels that nobody can run, but by name those of this program.
@@ -307,7 +328,7 @@ fn nameless(arch: &str, tuning: Option<&str>, keep: impl Fn(&KernelInput) -> boo
     for unit in Kernels::units(&config, Tp::new(0, 2).unwrap(), Numerics::Published, &table) {
         let key = dsv4_format::Digest(unit.key(arch));
         if kernels.iter().all(|k| k.key != key) {
-            kernels.push(KernelInput { family: unit.family.into(), key, cubin: vec![1; 100] });
+            kernels.push(KernelInput { family: unit.family.into(), key, cubin: empty_elf() });
         }
     }
     kernels.retain(keep);
@@ -399,6 +420,10 @@ fn kernels_that_are_not_for_this_gpu() {
     ran.says(&["gpu.kernels", "dsv4c kernels"]);
     let float = nameless("sm_121a", None, |_| true);
     gb10.run(float.path(), with_backend("cuda", &["--numerics", "float"])).fails(INPUT, &["(float numerics)"]);
+    // By name they are all there, and the driver finds nothing in them.
+    let hollow = Driver::new(Says { kernels: false, ..Says::default() }).expect("as before");
+    let bench = ["bench", "--solo", "--context", "0", "--rows", "1", "--chunk", "0"];
+    hollow.run(float.path(), bench).fails(INPUT, &["not in its image", "dsv4c kernels"]);
     for (text, words) in [("arch = 3", "tuning table"), (&Tuning::for_arch("sm_90a").text(), "one for sm_90a")] {
         let art = nameless("sm_121a", Some(text), |_| true);
         gb10.run(art.path(), with_backend("cuda", &[])).fails(INPUT, &[words, "dsv4c kernels"]);
@@ -412,11 +437,26 @@ fn too_little_memory_on_the_card() {
     let words = ["not enough memory", "KV caches", "MISSING", "the GPU's driver calls free", "80.00 GiB"];
     driver.run(art.path(), with_backend("cuda", &[])).fails(DEVICE, &words);
     driver.run(art.path(), ["load", "--backend", "cuda", "--rank", "1"]).fails(DEVICE, &["not enough memory"]);
+    // A rank that the artifact does not have is that, whatever memory there is.
+    driver.run(art.path(), ["load", "--backend", "cuda", "--rank", "99"]).fails(INPUT, &["rank 99", "less than 2"]);
     // Two cards have a rank each.
     let two = |free| Driver::new(Says { free, count: 2, ..Says::default() }).expect("as before");
     let one = Driver::new(Says { free: 330 << 20, ..Says::default() }).expect("as before");
     one.run(art.path(), with_backend("cuda", &[])).fails(DEVICE, &["not enough memory", "rank 1"]);
     two(330 << 20).run(art.path(), with_backend("cuda", &[])).ok();
+    // Float numerics are planned as what they are.
+    let check = |numerics: &str| {
+        let args =
+            ["check", "--backend", "cuda", "--rank", "0", "--peers", "a:1,b:1", "--json", "--numerics", numerics];
+        let out: Value = serde_json::from_str(&driver.run(art.path(), args).out).unwrap();
+        assert_eq!(out["memory"]["numerics"], numerics);
+        let line = out["memory"]["ranks"][0]["lines"][1].clone();
+        assert_eq!((&line["what"], &line["basis"]), (&"KV caches".into(), &"exact".into()));
+        line["bytes"].as_u64().unwrap()
+    };
+    let context = 8192;
+    let act = |act_bytes| StateSize { slots: 1, context, act_bytes }.bytes(&open(art.path()).unwrap().config);
+    assert_eq!((check("published"), check("float")), (act(2), act(4)));
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! The GPU backend, on the emulator where there is no GPU, against the CPU backend, on the checkpoint of the goldens.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use dsv4_kernels::collective::Alone;
+use dsv4_kernels::device::Gpu;
 use dsv4_kernels::device::unit::Unit;
 use dsv4_kernels::gpu::{Activation, GpuBackend, GpuOptions};
 use dsv4_kernels::numerics::Numerics;
@@ -12,12 +14,14 @@ use dsv4_kernels::reference::Streams as CpuStreams;
 use dsv4_model::Model;
 use dsv4_model::forward::layer;
 use dsv4_model::ops::{Backend, Done, Segment, Site, Step};
+use dsv4_run::gpu::Ready;
 use dsv4_run::load::{RankOptions, open};
 use dsv4_run::step::{Command, Source};
 use dsv4_tests::artifacts::{Packed, Unwatched};
 use dsv4_tests::device::{self, packed};
 use dsv4_tests::golden::{self, distance, kl};
-use dsv4_tests::group::Group;
+use dsv4_tests::group::{Failed, Group};
+use dsv4_tests::skip;
 
 /// Largest difference of float logits between the backends.
 const LOGITS_MAX: f64 = 1e-4;
@@ -194,30 +198,46 @@ fn broken(unit: &Unit) -> Unit {
     Unit { source: if portable { String::leak(zero) } else { unit.source }, ..unit.clone() }
 }
 
-/// Long steps on the block-scaled tensor cores that only sm_121a has, against the portable kernels. The portable ones of
-/// the same rank are broken: every quantised product is a block-scaled one.
+/// Ranks use the block-scaled kernels together or not at all, and say so.
+fn agrees(packed: &Packed, gpu: Arc<dyn Gpu>) {
+    let opened = open(packed.path()).unwrap();
+    let mut ready = Ready::new(&opened, gpu, 0, Numerics::Published, OPTIONS).unwrap_or_else(|e| panic!("{e}"));
+    ready.agree(&mut Alone).unwrap();
+    assert_eq!((ready.is_block_scaled(), ready.outcome()), (true, "long steps use the block-scaled kernels\n"));
+    ready.agree(&mut Failed).unwrap();
+    assert!(!ready.is_block_scaled() && ready.outcome().contains("another rank's"), "{}", ready.outcome());
+}
+
+/// Long steps on the block-scaled tensor cores that only sm_121a has, against the portable kernels. On the emulator the
+/// portable ones of the same rank are broken: every quantised product is a block-scaled one.
 #[test]
 fn block_scaled_products_are_the_portable_ones() {
-    if !can_run() || device::is_real() {
-        return;
+    let Some(gpu) = device::open() else { return };
+    let (is_real, arch) = (device::is_real(), gpu.gpu.facts().arch());
+    if is_real && arch != native::ARCH {
+        return skip(&format!("block-scaled products: {arch} has none, and the emulator is not used beside a GPU"));
     }
     let mut clock = Clock::start();
     let tokens = &golden::prompt("mid")[..93];
     for checkpoint in ["tiny", "nano"] {
         let portable = packed(checkpoint, 1);
-        let (kernels, tuning) = device::kernels_for(&portable, 1, native::ARCH, &[Numerics::Published], broken);
-        let packed = portable.with_kernels(native::ARCH, &kernels, Some(&tuning));
-        let gpu = || device::emulator_as((12, 1)).gpu;
+        let edited = (!is_real).then(|| {
+            let (kernels, tuning) = device::kernels_for(&portable, 1, native::ARCH, &[Numerics::Published], broken);
+            portable.with_kernels(native::ARCH, &kernels, Some(&tuning))
+        });
+        let packed = edited.as_ref().unwrap_or(&portable);
+        let gpu = move || if is_real { device::open().expect("as before") } else { device::emulator_as((12, 1)) }.gpu;
+        agrees(packed, gpu());
         let mut rank = Group::on(gpu, packed.path(), Numerics::Published, OPTIONS);
         let verdicts = rank.gpu().verdicts();
         verdicts.iter().for_each(|v| println!("{v}"));
         assert_eq!(verdicts.len(), 2);
         assert!(verdicts.iter().all(|v| v.accepted()));
-        assert!(verdicts[0].portable > 0.1, "broken");
+        assert!(is_real || verdicts[0].portable > 0.1, "broken");
         let found = rank.logits_in_parts(tokens, &[64, 29]);
         clock.lap("block-scaled");
-        let mut rank = group(&portable, Numerics::Published);
-        assert!(rank.gpu().verdicts().is_empty());
+        let mut rank = Group::on_gpu_portable(portable.path(), Numerics::Published, OPTIONS);
+        assert_eq!(rank.gpu().verdicts().is_empty(), !is_real);
         let expected = rank.logits_in_parts(tokens, &[64, 29]);
         clock.lap("portable");
         let divergence = mean_kl(&found, &expected);

@@ -93,6 +93,9 @@ fn damage_and_absence_are_told_by_every_way() {
         load(&nano, &args).fails(INPUT, &["rank0.weights", "section ", "block ", "offset ", "read 3 times"]);
     }
     load(&nano, &["--rank", "2"]).fails(INPUT, &["rank 2", "less than 2"]);
+    // Before memory, and where nobody looks at memory.
+    load(&nano, &["--rank", "99", "--reserve", "4096G"]).fails(INPUT, &["rank 99", "less than 2"]);
+    load(&nano, &["--rank", "99", "--reserve", "0"]).fails(INPUT, &["rank 99", "less than 2"]);
     let cut = File::options().write(true).open(rank_file(&nano, 1)).unwrap();
     cut.set_len(at).unwrap();
     load(&nano, &["--rank", "1"]).fails(INPUT, &["rank1.weights", "length"]);

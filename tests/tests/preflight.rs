@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
+use dsv4_kernels::numerics::Numerics;
 use dsv4_run::load::{Opened, open};
 use dsv4_run::preflight::host::Host;
 use dsv4_run::preflight::memory::{Asked, Target};
 use dsv4_run::preflight::{admit, check};
 use dsv4_tests::DATA;
 use dsv4_tests::artifacts::Packed;
-use dsv4_tests::binaries::{DSV4_RUN, run};
+use dsv4_tests::binaries::{DSV4_RUN, DSV4C, run};
 use serde_json::Value;
 
 const USAGE: i32 = 2;
@@ -24,7 +25,8 @@ fn host(name: &str) -> Host {
 }
 
 fn asked(target: Target) -> Asked {
-    Asked { target, context: 8192, sequences: 1, chunk: 256, threads: 2, all_logits: false, reserve: None }
+    let (context, numerics) = (8192, Numerics::Published);
+    Asked { target, context, sequences: 1, chunk: 256, threads: 2, numerics, all_logits: false, reserve: None }
 }
 
 fn json(out: &str) -> Value {
@@ -112,6 +114,25 @@ fn files_are_told_first() {
     let ran = run(DSV4_RUN, [nano.scratch().to_str().unwrap(), "check", "--json"]);
     assert_eq!(ran.code, Some(INPUT), "{ran:#?}");
     assert_eq!(json(&ran.out)["exit_code"], INPUT);
+}
+
+#[test]
+fn an_artifact_without_weights_is_told_as_such() {
+    let temp = tempfile::tempdir().unwrap();
+    let (art, config) = (temp.path().join("a.dsv4"), Path::new(DATA).join("nano/config.json"));
+    let (art, config) = (art.to_str().unwrap(), config.to_str().unwrap());
+    run(DSV4C, ["pack", "--config", config, "--weights-seed", "7", "--tp", "2", "--arch", "none", "-o", art]).ok();
+    let ran = run(DSV4_RUN, [art, "check", "--json"]);
+    assert_eq!(ran.code, Some(INPUT), "{ran:#?}");
+    ran.says(&["files.ranks", "seed 7", "dsv4-run bench"]);
+    let out = json(&ran.out);
+    let files = out["findings"].as_array().unwrap().iter().find(|f| f["id"] == "files.ranks").unwrap();
+    assert_eq!((&files["level"], &files["expected"]), (&"refuse".into(), &"weights".into()));
+    assert!(!ran.out.contains("copy the files"), "{ran:#?}");
+    // Text goes the same way, and the verbs that load say the same.
+    assert!(run(DSV4_RUN, [art, "check"]).out.contains("dsv4-run bench"));
+    run(DSV4_RUN, [art, "load"]).fails(INPUT, &["seed 7", "dsv4-run bench"]);
+    run(DSV4_RUN, [art, "generate", "--prompt", "Hi"]).fails(INPUT, &["seed 7", "dsv4-run bench"]);
 }
 
 #[test]

@@ -10,6 +10,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use dsv4_kernels::memory::{Asked, RankTable, Ranks, Target, default_reserve, largest_context, tables};
+use dsv4_kernels::numerics::Numerics;
+use dsv4_model::ModelError;
 use serde_json::{Value, json};
 
 use super::Plan;
@@ -134,7 +136,7 @@ pub struct Forecast {
 }
 
 impl Forecast {
-    /// Errors: a context beyond the model's, a directory that cannot be asked for its free space.
+    /// Errors: a context beyond the model's, ranks that cannot cut it, a directory that cannot be asked for its free space.
     pub fn new(config: &Config, plan: &Plan, options: &ForecastOptions) -> Result<Forecast, CompileError> {
         let (rate, basis) = options.disk_rate.map_or((GB10_DISK_RATE, ASSUMED), |rate| (rate, GIVEN));
         let disk = disk(plan, options.out.as_deref())?;
@@ -320,6 +322,7 @@ fn memory(config: &Config, plan: &Plan, options: &ForecastOptions) -> Result<Mem
         sequences: options.sequences,
         chunk: CHUNK,
         threads: THREADS,
+        numerics: Numerics::Published,
         all_logits: false,
         reserve: None,
     };
@@ -328,17 +331,21 @@ fn memory(config: &Config, plan: &Plan, options: &ForecastOptions) -> Result<Mem
     let reserve = default_reserve(machine, is_gb10);
     let system = machine / SYSTEM_PART;
     let for_ranks = (machine - system).checked_sub(reserve);
-    let largest = |plan: &Plan| {
-        let here = [weights(plan).into_iter().max_by_key(|(_, bytes)| *bytes)?];
-        largest_context(&Ranks { config: &config.model, tp: plan.tp, here: &here }, &asked, for_ranks?)
+    let largest = |plan: &Plan| -> Result<Option<u64>, ModelError> {
+        let here = weights(plan).into_iter().max_by_key(|(_, bytes)| *bytes);
+        let (Some(here), Some(usable)) = (here, for_ranks) else { return Ok(None) };
+        largest_context(&Ranks { config: &config.model, tp: plan.tp, here: &[here] }, &asked, usable)
     };
     let ranks = tables(&Ranks { config: &config.model, tp: plan.tp, here: &weights(plan) }, &asked);
-    let context_max = largest(plan);
+    let ranks = ranks.map_err(CompileError::model(&config.path))?;
+    let context_max = largest(plan).map_err(CompileError::model(&config.path))?;
     let mut tp = None;
     if context_max.is_none() {
         let more = [2, 4, 8].into_iter().filter(|tp| *tp > plan.tp);
         // A number of ranks that cannot cut the model is none that fits.
-        tp = more.into_iter().find(|tp| Plan::new(config, *tp).is_ok_and(|plan| largest(&plan).is_some()));
+        tp = more
+            .into_iter()
+            .find(|tp| Plan::new(config, *tp).is_ok_and(|plan| largest(&plan).is_ok_and(|context| context.is_some())));
     }
     Ok(Memory {
         needed: ranks.iter().map(RankTable::bytes).max().unwrap_or(0).saturating_add(reserve),

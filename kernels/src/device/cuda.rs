@@ -64,9 +64,6 @@ fn failed(call: &'static str) -> impl Fn(DriverError) -> DeviceError {
         let help = match e.0 {
             CUresult::CUDA_ERROR_STUB_LIBRARY => "libcuda.so is a toolkit's stub: take its folder off the library path",
             CUresult::CUDA_ERROR_NO_DEVICE => "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES",
-            CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU | CUresult::CUDA_ERROR_INVALID_IMAGE => {
-                "the artifact's kernels are for another GPU: pack with --arch of this one, or run dsv4c kernels"
-            }
             CUresult::CUDA_ERROR_ILLEGAL_ADDRESS | CUresult::CUDA_ERROR_LAUNCH_FAILED => {
                 "a kernel failed: this is a fault of this program; report it with the command line"
             }
@@ -80,8 +77,8 @@ fn misused(call: &'static str, reason: &str) -> DeviceError {
     DeviceError::Driver { call, reason: reason.into(), help: "this is a fault of this program; report it" }
 }
 
-/// Starts the driver; how many GPUs it shows.
-fn init(ordinal: u32) -> Result<u32, DeviceError> {
+/// Starts the driver; how many GPUs it shows, and its version.
+fn init(ordinal: u32) -> Result<(u32, i32), DeviceError> {
     // SAFETY: only looks whether the library is there.
     if !unsafe { sys::is_culib_present() } {
         return Err(DeviceError::NoDriver);
@@ -100,20 +97,20 @@ fn init(ordinal: u32) -> Result<u32, DeviceError> {
         other => other.map_err(failed("cuInit"))?,
     }
     let count = result::device::get_count().map_err(failed("cuDeviceGetCount"))?;
-    Ok(u32::try_from(count).unwrap_or(0))
+    Ok((u32::try_from(count).unwrap_or(0), version))
 }
 
 impl Cuda {
     /// How many GPUs there are. Errors: [`DeviceError::NoDriver`], a driver that is too old, none.
     pub fn count() -> Result<u32, DeviceError> {
-        init(0)
+        Ok(init(0)?.0)
     }
 
     /// The GPU of number `ordinal`.
     ///
     /// Errors: [`DeviceError::NoDriver`], a driver that is too old, no such GPU.
     pub fn open(ordinal: u32) -> Result<Arc<dyn Gpu>, DeviceError> {
-        let count = init(ordinal)?;
+        let (count, driver) = init(ordinal)?;
         if ordinal >= count {
             let found = format!("{count} GPUs, numbered from 0");
             return Err(DeviceError::NoGpu { ordinal, found });
@@ -134,6 +131,7 @@ impl Cuda {
             memory_bytes: unsafe { result::device::total_mem(device) }.map_err(failed("cuDeviceTotalMem"))? as u64,
             l2_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as u64,
             shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)? as u32,
+            driver,
         };
         // SAFETY: the device is valid; the context is released on drop.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("cuDevicePrimaryCtxRetain"))?;
@@ -220,7 +218,13 @@ impl Gpu for Cuda {
             return Err(DeviceError::NoKernel { kernel: "any".into(), unit: "what is no whole ELF file".into() });
         }
         // SAFETY: a whole ELF file; the driver copies it.
-        let module = unsafe { result::module::load_data(bytes.as_ptr().cast()) }.map_err(failed("cuModuleLoadData"))?;
+        let loaded = unsafe { result::module::load_data(bytes.as_ptr().cast()) };
+        let module = loaded.map_err(|e| match e.0 {
+            CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU | CUresult::CUDA_ERROR_INVALID_IMAGE => {
+                DeviceError::NoKernel { kernel: "any for this GPU".into(), unit: "cubin".into() }
+            }
+            _ => failed("cuModuleLoadData")(e),
+        })?;
         let mut handles = self.handles();
         handles.modules.push(module);
         let mut out = Vec::with_capacity(kernels.len());

@@ -61,6 +61,7 @@ impl Emulated {
             memory_bytes: 4 << 30,
             l2_bytes: 24 << 20,
             shared_bytes: 100 << 10,
+            driver: 0,
         };
         Arc::new(Emulated { facts, state: Mutex::default() })
     }

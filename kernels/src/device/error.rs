@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-/// Each is "device or memory" (exit code 4) to the binaries.
+/// Each is "device or memory" (exit code 4) to the binaries, but [`DeviceError::NoKernel`]: that is of the artifact (3).
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// No driver on this machine.

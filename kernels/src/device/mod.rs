@@ -39,6 +39,8 @@ pub struct Facts {
     pub l2_bytes: u64,
     /// Shared memory of a multiprocessor, bytes.
     pub shared_bytes: u32,
+    /// Version of CUDA that its driver is for, as that counts: 13000 for 13.0; 0 for the emulator.
+    pub driver: i32,
 }
 
 impl Facts {

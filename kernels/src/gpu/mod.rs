@@ -154,8 +154,7 @@ impl Reserved {
     ) -> Result<Reserved, DeviceError> {
         assert!(options.rows_max > 0, "steps have rows");
         let shape = Shape::new(&config, tp);
-        let act_bytes = if numerics == Numerics::Published { 2 } else { 4 };
-        let size = StateSize { slots: options.slots, context: options.context, act_bytes };
+        let size = StateSize { slots: options.slots, context: options.context, act_bytes: numerics.act_bytes() };
         let need = Need::new(&config, shape, numerics, options.rows_max, options.context);
         let state = DeviceState::new(&gpu, &config, size)?;
         let work = Workspace::new(&gpu, &need)?;
@@ -396,7 +395,7 @@ impl GpuBackend {
 
     /// Bytes of an activation.
     fn act_bytes(&self) -> u64 {
-        if self.numerics == Numerics::Published { 2 } else { 4 }
+        self.numerics.act_bytes()
     }
 
     fn published(&self) -> bool {

@@ -8,7 +8,7 @@ use dsv4_model::{ModelConfig, Tp};
 use crate::device::args::ARGS_BYTES_MAX;
 use crate::device::emulated::{self, Emulated};
 use crate::device::testing::Bench;
-use crate::device::{Gpu, In, Launch, Out};
+use crate::device::{In, Launch, Out};
 use crate::gpu::shape::Shape;
 use crate::gpu::state::{DeviceState, StateSize};
 use crate::gpu::stream::{Key, RECORDINGS_MAX, StepStats, Stream};

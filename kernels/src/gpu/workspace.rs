@@ -45,7 +45,7 @@ impl Need {
         Need {
             shape,
             rows: u64::from(rows_max),
-            act: if numerics == Numerics::Published { 2 } else { 4 },
+            act: numerics.act_bytes(),
             drafts: !draft_stages(config).is_empty(),
             long: numerics == Numerics::Published && rows_max > DECODE_ROWS,
             entries: if config.compress_ratios.contains(&4) { pages * PAGE_TOKENS / 4 } else { 0 },

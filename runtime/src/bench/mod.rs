@@ -1,8 +1,8 @@
 //! `bench`: how long steps take on a GPU, against what reading their bytes takes at the rate of a copy made there in
 //! the same run.
 //!
-//! One rank computes; with `--solo` it may be one of several, whose sums are left out. Caches are taken for filled,
-//! whatever is in them: times do not depend on values. [`watch`] takes the times.
+//! One rank computes; with `--solo` it may be one of several, whose sums are left out. Caches are made up and taken for
+//! filled: nothing is computed for the positions before a step. [`watch`] takes the times.
 
 pub mod watch;
 
@@ -17,6 +17,7 @@ use dsv4_kernels::gpu::kernels::DECODE_ROWS;
 use dsv4_kernels::gpu::{GpuBackend, GpuOptions};
 use dsv4_kernels::memory::{StepBytes, step_bytes};
 use dsv4_kernels::numerics::Numerics;
+use dsv4_kernels::ops::dense_gemm::native::Verdict;
 use dsv4_model::ops::{Segment, Step};
 use dsv4_model::{Model, ModelConfig, Tp};
 use serde_json::{Value, json};
@@ -42,7 +43,10 @@ const PREFILL_STEPS_MAX: u32 = 5;
 const METHOD: &str = "step_seconds: wall clock from a step's upload to its logits on the host, median. gpu_seconds: on the GPU; \
 of a recorded step by events around the graph, else from upload to logits, median. kernel_seconds: sum over kernels of the time \
 between events around each launch, inside the graph where there is one, less event_seconds for each; a bound from above, as an event also ends the \
-overlap of neighbours. gap_seconds: gpu_seconds less kernel_seconds. bytes: weights and caches that the step reads, once each, \
+overlap of neighbours. gap_seconds: gpu_seconds less kernel_seconds; below 0 where the kernels of a step without events overlap \
+for longer than the GPU waits. Caches before a step are made up, with values of a plausible size; the tokens are made up too, and \
+so what they choose of experts and entries. block_scaled: whether long steps use those kernels, and how far each was off when it \
+was checked at the start, relative to the sum of the magnitudes of an output's products. bytes: weights and caches that the step reads, once each, \
 no two rows choosing the same expert. floor_seconds: bytes over copy_bytes_per_second, which counts bytes read and written of a \
 copy within the GPU's memory in this run. ratio: step_seconds over floor_seconds.";
 
@@ -62,8 +66,11 @@ pub struct Plan {
 /// Where weights come from.
 #[derive(Clone, Copy, Debug)]
 pub enum Source {
-    /// The artifact.
-    File,
+    /// The artifact; loading leaves as much memory to others as asked, or as usual.
+    File {
+        /// `--reserve`.
+        reserve: Option<u64>,
+    },
     /// A seed.
     Seed(u64),
 }
@@ -115,8 +122,8 @@ pub fn run_bench(artifact: &Path, args: &BenchArgs) -> Result<(), RunError> {
         return usage(what, "give smaller --context, --depth or --chunk");
     }
     let seed = args.weights_seed.or(opened.artifact.weights_seed());
-    let source = seed.map_or(Source::File, Source::Seed);
-    if matches!(source, Source::File) {
+    let source = seed.map_or(Source::File { reserve: args.reserve }, Source::Seed);
+    if matches!(source, Source::File { .. }) {
         opened.require_rank(args.rank)?;
     }
     let (compute, _) = choose(Backend::Cuda, &opened.artifact, &|| cuda(0))?;
@@ -133,6 +140,7 @@ pub fn run_bench(artifact: &Path, args: &BenchArgs) -> Result<(), RunError> {
         sequences: 1,
         chunk: plan.rows_max().into(),
         threads: 1,
+        numerics: args.numerics.into(),
         all_logits: false,
         reserve: args.reserve,
     };
@@ -168,6 +176,9 @@ pub fn measure(
     let gpu: Arc<dyn Gpu> = watched.clone();
     let options = GpuOptions { slots: 1, context: plan.context(), rows_max: plan.rows_max(), solo: true, graphs: true };
     let ready = Ready::new(opened, Arc::clone(&gpu), rank, numerics, options)?;
+    say(&ready.verdicts());
+    say(ready.outcome());
+    let is_block_scaled = ready.is_block_scaled();
     let copy_rate = copy_rate(gpu.as_ref(), ready.arena())?;
     let mark_seconds = watched.mark_seconds()?;
     say(&format!("copy {:.0} GB/s, read and written\n", copy_rate / 1e9));
@@ -180,20 +191,25 @@ pub fn measure(
             say(&format!("{size} of weights made from seed {seed} in {seconds:.1} s\n"));
             loaded
         }
-        Source::File => {
+        Source::File { reserve } => {
             let compute = Compute::Gpu(device.clone());
-            let floor = floor(None, None, &compute.host(Path::new("/")), compute.target());
+            let floor = floor(None, reserve, &compute.host(Path::new("/")), compute.target());
             let (loaded, report) = ready.load(opened, &LoadOptions { floor, ..LoadOptions::default() }, progress)?;
             say(&summary(rank, &report));
             loaded
         }
     };
     let mut backend = loaded.backend(Box::new(Alone));
+    let block_scaled = json!({
+        "used": is_block_scaled,
+        "checks": backend.verdicts().iter().map(verdict_json).collect::<Vec<_>>(),
+    });
     backend.make_up_caches()?;
     let mut bench = Bench {
         model: Model::new(&opened.config),
         config: &opened.config,
         tp,
+        numerics,
         backend,
         watched,
         copy_rate,
@@ -220,7 +236,8 @@ pub fn measure(
         "tp": manifest.tp,
         "solo": manifest.tp > 1,
         "numerics": numerics.name(),
-        "weights": match source { Source::File => "the artifact's".into(), Source::Seed(seed) => format!("from seed {seed}") },
+        "block_scaled": block_scaled,
+        "weights": match source { Source::File { .. } => "the artifact's".into(), Source::Seed(seed) => format!("from seed {seed}") },
         "weights_bytes": arena_bytes,
         "copy_bytes_per_second": copy_rate,
         "event_seconds": mark_seconds,
@@ -229,6 +246,10 @@ pub fn measure(
         "prefill": prefill,
         "method": METHOD,
     }))
+}
+
+fn verdict_json(v: &Verdict) -> Value {
+    json!({"product": v.product, "error": v.native, "portable_error": v.portable, "accepted": v.accepted()})
 }
 
 /// Bytes a second, read and written, of the best of some copies within `buffer`.
@@ -251,6 +272,7 @@ struct Bench<'a> {
     model: Model,
     config: &'a ModelConfig,
     tp: Tp,
+    numerics: Numerics,
     backend: GpuBackend,
     watched: Arc<Watched>,
     copy_rate: f64,
@@ -289,7 +311,7 @@ impl Bench<'_> {
         }
         let stats = self.backend.stats();
         let kernels = self.profile(start, rows)?;
-        let bytes = step_bytes(self.config, self.tp, rows.into(), start.into())?;
+        let bytes = step_bytes(self.config, self.tp, self.numerics, rows.into(), start.into())?;
         Ok(Cell {
             start,
             rows,
@@ -330,7 +352,7 @@ impl Bench<'_> {
         let logits = if rows <= DECODE_ROWS { (0..rows).collect() } else { vec![rows - 1] };
         let step = Step { tokens, segments, logits, source: vec![] };
         self.backend.open(0)?;
-        self.backend.assume_filled(0, start);
+        self.backend.assume_filled(0, start)?;
         self.watched.take_replay()?;
         let began = Instant::now();
         let from = self.watched.mark()?;
@@ -358,7 +380,7 @@ impl Cell {
     }
 
     fn gap_seconds(&self) -> f64 {
-        (self.gpu_seconds - self.kernel_seconds).max(0.0)
+        self.gpu_seconds - self.kernel_seconds
     }
 
     fn ratio(&self) -> f64 {

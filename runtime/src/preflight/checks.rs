@@ -7,10 +7,11 @@
 
 mod devices;
 
+use crate::error::RunError;
 use crate::preflight::disk::DiskProbe;
 use crate::preflight::host::{Host, Process};
 use crate::preflight::memory::{Plan, Target};
-use crate::preflight::report::size;
+use crate::preflight::report::{FILES, size};
 use crate::preflight::texts::{Swap, free_in_blocks};
 
 const MIB: u64 = 1 << 20;
@@ -97,6 +98,14 @@ impl Finding {
     ) -> Finding {
         let (found, expected, todo) = (found.into(), expected.into(), todo.into());
         Finding { id, level, about: About::Machine, found, expected, todo }
+    }
+
+    /// What an error says, which refuses.
+    pub fn refused(id: &'static str, error: &RunError, expected: impl Into<String>) -> Finding {
+        let text = error.to_string();
+        let (found, todo) = text.split_once("\n  help: ").unwrap_or((&text, "see the message"));
+        let about = if error.exit_code() == FILES { About::Files } else { About::Machine };
+        Finding { id, level: Level::Refuse, about, found: found.into(), expected: expected.into(), todo: todo.into() }
     }
 }
 

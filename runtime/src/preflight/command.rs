@@ -7,10 +7,10 @@ use serde_json::json;
 
 use crate::cli::{Backend, CheckArgs, Common, DoctorArgs};
 use crate::compute::{Compute, choose, cuda};
-use crate::error::{RunError, fact};
+use crate::error::RunError;
 use crate::gpu::require_kernels;
 use crate::load::{Opened, open};
-use crate::preflight::checks::{About, Finding, Level};
+use crate::preflight::checks::Finding;
 use crate::preflight::host::Host;
 use crate::preflight::memory::{Asked, Target};
 use crate::preflight::report::Report;
@@ -19,6 +19,8 @@ use crate::terminal::print_now;
 
 /// The machine this program runs on.
 const ROOT: &str = "/";
+/// What a GPU backend needs.
+const GPU_EXPECTED: &str = "a GPU that this artifact has kernels for";
 
 fn here(opened: &Opened, common: &Common) -> Result<Vec<u32>, RunError> {
     let tp = opened.artifact.manifest().tp;
@@ -38,6 +40,7 @@ fn asked(common: &Common, compute: &Compute, context: usize, ranks: usize) -> As
         sequences: 1,
         chunk: compute.chunk(common.chunk).into(),
         threads: threads as u64,
+        numerics: common.numerics.into(),
         all_logits: false,
         reserve: common.reserve,
     }
@@ -79,7 +82,7 @@ pub fn run_check(artifact: &Path, args: &CheckArgs) -> Result<(), RunError> {
             let note = note.map(|note| Finding::ok("gpu.choice", note.trim_end()));
             (compute, Vec::from_iter(note))
         }
-        Err(error) => (Compute::Cpu, vec![refused("gpu.device", &error)]),
+        Err(error) => (Compute::Cpu, vec![Finding::refused("gpu.device", &error, GPU_EXPECTED)]),
     };
     let model = opened.config.max_position_embeddings as usize;
     let context = args.common.max_context.unwrap_or(model).min(model);
@@ -108,17 +111,8 @@ fn kernels(opened: &Opened, common: &Common, compute: &Compute, here: &[u32]) ->
     let facts = device.gpu.facts();
     Some(match found {
         Ok(count) => Finding::ok("gpu.kernels", format!("{count} for {} ({})", facts.name, facts.arch())),
-        Err(error) => refused("gpu.kernels", &error),
+        Err(error) => Finding::refused("gpu.kernels", &error, GPU_EXPECTED),
     })
-}
-
-/// A finding made of an error.
-fn refused(id: &'static str, error: &RunError) -> Finding {
-    let text = error.to_string();
-    let todo = text.split_once("\n  help: ").map_or("see the message", |(_, help)| help).to_owned();
-    let about = if error.exit_code() == 3 { About::Files } else { About::Machine };
-    let expected = "a GPU that this artifact has kernels for".into();
-    Finding { id, level: Level::Refuse, about, found: fact(error), expected, todo }
 }
 
 /// `doctor`: the report on standard output. Errors: what would refuse a start.

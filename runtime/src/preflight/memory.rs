@@ -5,6 +5,7 @@
 
 pub use dsv4_kernels::memory::{Asked, RankTable, Ranks, Target};
 use dsv4_kernels::memory::{DRAFTS_MAX, largest_context, tables, total};
+use dsv4_model::ModelError;
 
 use crate::generate::DRAFT_MAX;
 use crate::preflight::host::Host;
@@ -110,15 +111,17 @@ impl Plan {
     }
 }
 
-/// Plans `asked` on `host`.
-pub fn plan(ranks: &Ranks<'_>, asked: &Asked, host: &Host) -> Plan {
+/// Plans `asked` on `host`. Errors: a number of ranks that cannot cut the model.
+pub fn plan(ranks: &Ranks<'_>, asked: &Asked, host: &Host) -> Result<Plan, ModelError> {
     let reserve = asked.reserve.unwrap_or_else(|| default_reserve(host, asked.target));
-    let tables = tables(ranks, asked);
+    let tables = tables(ranks, asked)?;
     let supply = Supply::of(host, asked.target);
-    let context_max = supply.map_or(Some(ranks.config.max_position_embeddings), |s| {
-        largest_context(ranks, asked, s.usable.checked_sub(reserve)?)
-    });
-    Plan {
+    let context_max = match supply.map(|s| s.usable.checked_sub(reserve)) {
+        None => Some(ranks.config.max_position_embeddings),
+        Some(None) => None,
+        Some(Some(usable)) => largest_context(ranks, asked, usable)?,
+    };
+    Ok(Plan {
         asked: *asked,
         needed: total(&tables).saturating_add(reserve),
         ranks: tables,
@@ -126,11 +129,12 @@ pub fn plan(ranks: &Ranks<'_>, asked: &Asked, host: &Host) -> Plan {
         supply,
         context_max,
         context_model: ranks.config.max_position_embeddings,
-    }
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use dsv4_kernels::numerics::Numerics;
     use dsv4_model::ModelConfig;
     use dsv4_model::cache::PAGE_TOKENS;
 
@@ -150,7 +154,8 @@ mod tests {
     }
 
     fn asked(target: Target, context: u64) -> Asked {
-        Asked { target, context, sequences: 1, chunk: 256, threads: 1, all_logits: false, reserve: None }
+        let numerics = Numerics::Published;
+        Asked { target, context, sequences: 1, chunk: 256, threads: 1, numerics, all_logits: false, reserve: None }
     }
 
     fn line(table: &RankTable, what: &str) -> u64 {
@@ -165,7 +170,7 @@ mod tests {
     fn flash_on_two_gb10() {
         let config = flash();
         let ranks = Ranks { config: &config, tp: 2, here: &[(1, FLASH_TP2_BYTES)] };
-        let plan = plan(&ranks, &asked(Target::Cuda, 1 << 20), &host("gb10"));
+        let plan = plan(&ranks, &asked(Target::Cuda, 1 << 20), &host("gb10")).unwrap();
         let table = &plan.ranks[0];
         // Entries of bfloat16 values for a million tokens; the rest is counted where the table is made.
         let entries = 21 * (1 << 18) * (512 + 128) * 2 + 20 * (1 << 13) * 512 * 2;
@@ -188,7 +193,7 @@ mod tests {
         let config = flash();
         let here = [(0, FLASH_TP2_BYTES), (1, FLASH_TP2_BYTES)];
         let ranks = Ranks { config: &config, tp: 2, here: &here };
-        let plan = plan(&ranks, &asked(Target::Cuda, 256), &host("gb10"));
+        let plan = plan(&ranks, &asked(Target::Cuda, 256), &host("gb10")).unwrap();
         assert_eq!(
             plan.missing(),
             plan.ranks.iter().map(RankTable::bytes).sum::<u64>() + 6 * GIB - (116_204_312 << 10)
@@ -201,7 +206,8 @@ mod tests {
         let config = flash();
         let ranks = Ranks { config: &config, tp: 2, here: &[(0, FLASH_TP2_BYTES)] };
         for (name, fits) in [("gb10", true), ("gb10-cached", false), ("gb10-held", false), ("gb10-kho", true)] {
-            assert_eq!(plan(&ranks, &asked(Target::Cuda, 4096), &host(name)).fits(), fits, "{name}");
+            let found = plan(&ranks, &asked(Target::Cuda, 4096), &host(name)).unwrap();
+            assert_eq!(found.fits(), fits, "{name}");
         }
         // The kernel's extra CMA is taken off what is available.
         let supply = Supply::of(&host("gb10-kho"), Target::Cuda).unwrap();
@@ -216,14 +222,31 @@ mod tests {
         let config = flash();
         let ranks = Ranks { config: &config, tp: 2, here: &[(0, FLASH_TP2_BYTES)] };
         let with = |free| Host { card: Some(Card { total: 80 * GIB, free }), ..host("gb10-cached") };
-        let found = plan(&ranks, &asked(Target::Card, 65_536), &with(79 * GIB));
+        let found = plan(&ranks, &asked(Target::Card, 65_536), &with(79 * GIB)).unwrap();
         assert_eq!((found.reserve, found.fits()), (0, true));
         assert_eq!(found.needed, found.ranks[0].bytes());
         assert!(found.ranks[0].lines.iter().all(|l| !["process", "staging"].contains(&l.what)));
-        let short = plan(&ranks, &asked(Target::Card, 65_536), &with(74 * GIB));
+        let short = plan(&ranks, &asked(Target::Card, 65_536), &with(74 * GIB)).unwrap();
         assert_eq!((short.missing(), short.context_max), (found.needed - 74 * GIB, None));
         // Nothing is known of a card that nobody opened.
         assert_eq!(Supply::of(&host("gb10"), Target::Card), None);
+    }
+
+    /// What float numerics need more is planned, not found out.
+    #[test]
+    fn float_numerics_need_more() {
+        let config = flash();
+        let ranks = Ranks { config: &config, tp: 2, here: &[(0, FLASH_TP2_BYTES)] };
+        let on_card = |numerics, free| {
+            let host = Host { card: Some(Card { total: 80 * GIB, free }), ..Host::default() };
+            plan(&ranks, &Asked { numerics, ..asked(Target::Card, 200_000) }, &host).unwrap()
+        };
+        let published = on_card(Numerics::Published, 80 * GIB);
+        let float = on_card(Numerics::Float, published.needed);
+        let caches = [&published, &float].map(|plan| line(&plan.ranks[0], "KV caches"));
+        assert!(caches[1] > caches[0] * 19 / 10 && caches[1] < caches[0] * 2, "{caches:?}");
+        assert_eq!((published.fits(), float.missing()), (true, float.needed - published.needed));
+        assert!(float.context_max < Some(200_000) && on_card(Numerics::Float, float.needed).fits());
     }
 
     fn with_memory(available: u64, total: u64) -> Host {
@@ -240,7 +263,8 @@ mod tests {
         assert_eq!(default_reserve(&Host::default(), Target::Cpu), 256 * MIB);
         let config = config(include_str!("../../../tests/nano/config.json"));
         let ranks = Ranks { config: &config, tp: 1, here: &[(0, 9 << 20)] };
-        let with = |reserve| plan(&ranks, &Asked { reserve, ..asked(Target::Cpu, 8192) }, &with_memory(GIB, GIB));
+        let with =
+            |reserve| plan(&ranks, &Asked { reserve, ..asked(Target::Cpu, 8192) }, &with_memory(GIB, GIB)).unwrap();
         assert_eq!(with(None).needed - with(Some(0)).needed, 256 * MIB);
         assert_eq!(with(Some(7)).needed - with(Some(0)).needed, 7);
         // Nano runs on a machine of 1 GiB.
@@ -280,13 +304,14 @@ mod tests {
                 sequences: 1 + random(4),
                 chunk: 1 + random(512),
                 threads: 1 + random(64),
+                numerics: if random(2) == 0 { Numerics::Float } else { Numerics::Published },
                 all_logits: random(2) == 0,
                 reserve: Some(random(GIB)),
                 ..asked(target, 512)
             };
             let host = with_memory(random(if is_flash { 400 * GIB } else { 8 * GIB }), 512 * GIB);
-            let found = plan(&ranks, &asked, &host);
-            let at = |context: u64| plan(&ranks, &Asked { context, ..asked }, &host).fits();
+            let found = plan(&ranks, &asked, &host).unwrap();
+            let at = |context: u64| plan(&ranks, &Asked { context, ..asked }, &host).unwrap().fits();
             match found.context_max {
                 None => {
                     none += 1;

@@ -21,6 +21,8 @@ pub mod texts;
 
 use std::time::Duration;
 
+use dsv4_format::FormatError;
+
 use crate::error::RunError;
 use crate::load::Opened;
 use checks::{About, Finding, Level};
@@ -39,13 +41,14 @@ pub fn ranks_here(tp: u32, rank: Option<u32>, peers: &[String]) -> Vec<u32> {
     (0..tp).filter(|r| *r == rank || (own.is_some() && peers.get(*r as usize).map(host) == own)).collect()
 }
 
-/// The memory plan of the ranks `here` of an artifact. Errors: a rank that the artifact does not have.
+/// The memory plan of the ranks `here` of an artifact. Errors: a rank that the artifact does not have, or that cannot
+/// have its part of the model.
 pub fn memory_plan(opened: &Opened, here: &[u32], asked: &Asked, host: &Host) -> Result<Plan, RunError> {
     let weights: Result<Vec<(u32, u64)>, RunError> =
         here.iter().map(|rank| Ok((*rank, opened.artifact.arena_bytes(*rank)?))).collect();
     let weights = weights?;
     let ranks = Ranks { config: &opened.config, tp: opened.artifact.manifest().tp, here: &weights };
-    Ok(plan(&ranks, asked, host))
+    Ok(plan(&ranks, asked, host)?)
 }
 
 /// Refuses a start that does not fit into memory; a reserve of 0 asks for no such guard.
@@ -74,7 +77,13 @@ pub fn check(opened: &Opened, here: &[u32], asked: &Asked, host: Host) -> Result
     let artifact = &opened.artifact;
     let manifest = artifact.manifest();
     let plan = memory_plan(opened, here, asked, &host)?;
-    let mut findings = vec![checks::files(artifact.present_ranks(), here)];
+    let mut findings = vec![match artifact.weights_seed() {
+        Some(seed) => {
+            let error = FormatError::Weightless { path: artifact.path().to_path_buf(), seed };
+            Finding::refused("files.ranks", &error.into(), "weights")
+        }
+        None => checks::files(artifact.present_ranks(), here),
+    }];
     let load_bytes = here.iter().filter_map(|r| artifact.arena_bytes(*r).ok()).sum();
     let first = here.iter().find(|r| artifact.has_rank(**r));
     let mut disk = None;

@@ -125,8 +125,9 @@ pub fn table(plan: &Plan) -> String {
     let asked = &plan.asked;
     let _ = writeln!(
         out,
-        "memory, {} backend: {} tokens of context, {} sequence(s), chunks of {}",
+        "memory, {} backend, {} numerics: {} tokens of context, {} sequence(s), chunks of {}",
         asked.target.name(),
+        asked.numerics.name(),
         asked.context,
         asked.sequences,
         asked.chunk
@@ -172,6 +173,7 @@ fn plan_json(plan: &Plan) -> Value {
     });
     json!({
         "backend": plan.asked.target.name(),
+        "numerics": plan.asked.numerics.name(),
         "context": plan.asked.context,
         "sequences": plan.asked.sequences,
         "chunk": plan.asked.chunk,

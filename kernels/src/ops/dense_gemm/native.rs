@@ -213,11 +213,14 @@ impl Verdict {
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (what, outcome) = match self.accepted() {
-            true => ("are used", "at most"),
-            false => ("are NOT used, the portable kernels are", "expected at most"),
+            true => ("passed", "at most"),
+            false => ("FAILED", "expected at most"),
         };
         let Verdict { product, native, portable } = self;
-        write!(f, "block-scaled tensor cores {what}: {product} is off by {native:.1e} (portable: {portable:.1e}), ")?;
+        write!(
+            f,
+            "check of block-scaled tensor cores {what}: {product} is off by {native:.1e} (portable: {portable:.1e}), "
+        )?;
         write!(f, "{outcome} {ERROR_MAX:.1e}")
     }
 }
