@@ -200,7 +200,9 @@ struct PackArgs {
     #[arg(required_unless_present = "config")]
     checkpoint: Option<PathBuf>,
     /// Pack no weights, only the kernels of this config.json: an artifact for `dsv4-run bench`.
-    #[arg(long, requires_all = ["weights_seed", "out"], conflicts_with_all = ["checkpoint", "rank", "sha256"])]
+    #[arg(long, requires_all = ["weights_seed", "out"], conflicts_with_all = [
+        "checkpoint", "rank", "sha256", "memory", "no_verify", "journal_every",
+    ])]
     config: Option<PathBuf>,
     /// What the bench makes the weights from.
     #[arg(long, value_name = "SEED", requires = "config")]
@@ -220,7 +222,7 @@ struct PackArgs {
     /// Write only this rank's file; the ids are those of all.
     #[arg(long)]
     rank: Option<u32>,
-    /// Threads that compile, then read and cut [default: one per processor].
+    /// Threads that compile (8 at most), then read and cut [default: one per processor].
     #[arg(long)]
     jobs: Option<NonZeroUsize>,
     /// Bytes of memory to use, with an optional K, M or G.
@@ -260,7 +262,7 @@ struct KernelsArgs {
     /// A tuning table to use in place of this program's, for the architecture that it is of.
     #[arg(long, value_name = "FILE")]
     tuning: Option<PathBuf>,
-    /// Threads [default: one per processor].
+    /// Threads that compile, 8 at most [default: one per processor].
     #[arg(long)]
     jobs: Option<NonZeroUsize>,
     /// Drop the artifact's signature, which is of the kernels as they are.

@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use dsv4_format::FormatError;
+use dsv4_kernels::gpu::shape::ShapeError;
 use dsv4_model::ModelError;
 
 /// Shown of each kind of tensor mismatch; the rest is only counted.
@@ -80,6 +81,9 @@ pub enum CompileError {
     /// A tuning table that cannot be used.
     #[error("{file}: {source}", file = .file.display())]
     Tuning { file: PathBuf, source: dsv4_kernels::tuning::TuningError },
+    /// A model that there are no kernels for.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
     /// The compiler of kernels is not on this machine.
     #[error(
         "NVRTC {build}, the compiler of GPU kernels: expected this very build in {expected}, found {found}\n  help: `scripts/setup cuda` fetches it (90 MB; no GPU, no toolkit); or name its directory with --nvrtc; or pack for the CPU alone with --arch none"

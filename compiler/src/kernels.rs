@@ -20,6 +20,7 @@ use dsv4_kernels::device::DeviceError;
 use dsv4_kernels::device::nvrtc::{Nvrtc, judge};
 use dsv4_kernels::device::unit::Unit;
 use dsv4_kernels::gpu::kernels::Kernels;
+use dsv4_kernels::gpu::shape::Shape;
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::tuning::Tuning;
 use dsv4_model::{ModelConfig, Tp};
@@ -38,6 +39,8 @@ const THREADS_MAX: usize = 8;
 const STACK_BYTES: usize = 16 << 20;
 /// Of the compiler's messages as many lines are shown.
 const LOG_LINES_MAX: usize = 10;
+/// Whichever a rank starts with, its kernels are there.
+const NUMERICS: [Numerics; 2] = [Numerics::Published, Numerics::Float];
 
 /// For what to compile, and with what.
 #[derive(Clone, Debug)]
@@ -100,30 +103,36 @@ impl Count {
     }
 }
 
-/// For people: a line for each architecture.
+/// For people: what there is of each architecture, and how long all of it took. Nothing where there is nothing.
 pub fn counts_text(counts: &[Count], seconds: f64) -> String {
-    let line =
-        |c: &Count| format!("{} kernels of {} bytes for {}, compiled in {seconds:.1} s\n", c.kernels, c.bytes, c.arch);
-    counts.iter().map(line).collect()
+    let one = |c: &Count| format!("{} kernels of {} bytes for {}", c.kernels, c.bytes, c.arch);
+    match counts {
+        [] => String::new(),
+        all => format!("{}, compiled in {seconds:.1} s\n", all.iter().map(one).collect::<Vec<_>>().join(", ")),
+    }
 }
 
 /// All units that the ranks of a model load on a target, by key; the same for every rank.
-pub fn units(config: &ModelConfig, tp: Tp, target: &Target) -> BTreeMap<[u8; 32], Unit> {
+///
+/// Errors: [`CompileError::Shape`] for a model, or a table for it, that there are no kernels for.
+pub fn units(config: &ModelConfig, tp: Tp, target: &Target) -> Result<BTreeMap<[u8; 32], Unit>, CompileError> {
+    for (rank, numerics) in tp.all().flat_map(|rank| NUMERICS.map(|numerics| (rank, numerics))) {
+        Shape::check(config, rank, numerics, &target.tuning)?;
+    }
     let of = |rank: Tp| -> BTreeMap<[u8; 32], Unit> {
-        let both = [Numerics::Published, Numerics::Float].into_iter();
-        let units = both.flat_map(|numerics| Kernels::units(config, rank, numerics, &target.tuning));
+        let units = NUMERICS.into_iter().flat_map(|numerics| Kernels::units(config, rank, numerics, &target.tuning));
         units.map(|unit| (unit.key(&target.arch), unit)).collect()
     };
     let first = of(tp);
     for rank in tp.all() {
         assert!(of(rank).keys().eq(first.keys()), "rank {} of {} has other kernels", rank.rank(), tp.size());
     }
-    first
+    Ok(first)
 }
 
 /// Compiles all kernels of a model's ranks for `targets`. Without targets nothing is needed and nothing is done.
 ///
-/// Errors: [`CompileError::NoNvrtc`], [`CompileError::Kernel`] for the first unit that does not compile or breaks a rule.
+/// Errors: those of [`units`], [`CompileError::NoNvrtc`], [`CompileError::Kernel`] for the first unit that does not compile or breaks a rule.
 pub fn compile(
     config: &ModelConfig,
     tp: Tp,
@@ -136,14 +145,14 @@ pub fn compile(
         return Ok(KernelSet::default());
     }
     let started = Instant::now();
-    let nvrtc = find(nvrtc)?;
     let mut targets: Vec<&Target> = targets.iter().collect();
     targets.sort_by(|a, b| a.arch.cmp(&b.arch));
     targets.dedup_by(|a, b| a.arch == b.arch);
     let mut work = Vec::new();
     for (index, target) in targets.iter().enumerate() {
-        work.extend(units(config, tp, target).into_iter().map(|(key, unit)| (index, key, unit)));
+        work.extend(units(config, tp, target)?.into_iter().map(|(key, unit)| (index, key, unit)));
     }
+    let nvrtc = find(nvrtc)?;
     let arches: Vec<&str> = targets.iter().map(|t| t.arch.as_str()).collect();
     progress.start_count(&format!("kernels for {}", arches.join(", ")), work.len() as u64);
     let cubins = in_threads(jobs, &work, |(index, _, unit)| {
@@ -302,6 +311,14 @@ mod tests {
     }
 
     #[test]
+    fn the_time_is_told_once() {
+        let count = |arch: &str| Count { arch: arch.into(), kernels: 3, bytes: 40 };
+        let text = counts_text(&[count("sm_121a"), count("sm_90a")], 2.0);
+        assert_eq!(text, "3 kernels of 40 bytes for sm_121a, 3 kernels of 40 bytes for sm_90a, compiled in 2.0 s\n");
+        assert_eq!(counts_text(&[], 2.0), "");
+    }
+
+    #[test]
     fn architectures_have_their_names() {
         assert!(["sm_90a", "sm_121a", "sm_121", "sm_100f"].iter().all(|arch| is_arch(arch)));
         assert!(
@@ -316,7 +333,7 @@ mod tests {
         let model = ModelConfig::parse(config).unwrap();
         for size in [1, 2, 4, 8] {
             let target = Target::new("sm_121a");
-            let all: Vec<_> = Tp::new(0, size).unwrap().all().map(|tp| units(&model, tp, &target)).collect();
+            let all: Vec<_> = Tp::new(0, size).unwrap().all().map(|tp| units(&model, tp, &target).unwrap()).collect();
             assert!(all.iter().all(|one| one.keys().eq(all[0].keys())) && all.len() == size as usize);
         }
     }

@@ -28,7 +28,7 @@ use std::time::{Instant, SystemTime};
 use dsv4_format::io::raise_open_files;
 use dsv4_format::{
     ArchKernels, Artifact, CommitInput, Digest, Draft, DraftOptions, Found, JournalOptions, Outcome, Progress,
-    RankFile, RankWriter, SourceId, Tensor,
+    RankFile, RankWriter, SourceId, Tensor, require_room,
 };
 use dsv4_model::{ModelConfig, Tp, contract};
 use serde_json::{Map, Value, json};
@@ -232,10 +232,14 @@ pub fn pack_and_tell(
         Some(out) => out.clone(),
         None => default_out(&options.checkpoint)?,
     };
-    let there = if options.force { None } else { the_same(&out, &plan, &config_json)? };
+    let there = if options.force { None } else { the_same(&out, &plan, &config_json, None)? };
     check_usage(options)?;
+    let has = |rank: u32| there.as_ref().is_some_and(|there| there.has_rank(rank));
+    let written = (0..).zip(plan.rank_file_bytes());
+    let written = written.filter(|(rank, _)| options.rank.is_none_or(|only| only == *rank) && !has(*rank));
+    require_room(&out, written.map(|(_, bytes)| bytes).sum())?;
     let reader = Reader::new(&checkpoint, &plan, options.jobs, options.memory, options.journal_every)?;
-    // First of all that takes time: a compiler that is missing is known at once.
+    // First of all that takes time: a compiler that is missing is known at once, as is a disk without room.
     let kernels = compile_kernels(options, &checkpoint.config().model, &options.checkpoint, progress)?;
     if let Some(there) = &there {
         require_same_kernels(there, &kernels)?;
@@ -339,7 +343,8 @@ fn require_same_kernels(there: &Artifact, kernels: &KernelSet) -> Result<(), Com
     };
     let same = |c: &ArchKernels| {
         let ours: Vec<_> = c.kernels.iter().map(|k| (k.key, Digest::of(&k.cubin))).collect();
-        ours == records(&c.arch)
+        let table = c.tuning.as_ref().map(|text| Digest::of(text.as_bytes()));
+        ours == records(&c.arch) && table == there.tuning_hash(&c.arch)
     };
     let found: BTreeSet<&str> = there.manifest().kernels.iter().map(|k| k.arch.as_str()).collect();
     let expected: BTreeSet<&str> = kernels.arches.iter().map(|c| c.arch.as_str()).collect();
@@ -518,9 +523,10 @@ fn default_out(checkpoint: &Path) -> Result<PathBuf, CompileError> {
     }
 }
 
-/// Finds out early, where it can be seen without packing, that `out` is an artifact with another id. Otherwise
-/// what is there: to tell whether it is the same, its ranks only need to be hashed.
-fn the_same(out: &Path, plan: &Plan, config_json: &str) -> Result<Option<Artifact>, CompileError> {
+/// Finds out early, where it can be seen without packing, that `out` is an artifact with another id: `seed` is what
+/// weights are to be made from, if they are. Otherwise what is there: to tell whether it is the same, its ranks only
+/// need to be hashed.
+fn the_same(out: &Path, plan: &Plan, config_json: &str, seed: Option<u64>) -> Result<Option<Artifact>, CompileError> {
     // What is not an artifact, or a damaged one, is the draft's to judge.
     let Ok(there) = Artifact::open(out) else { return Ok(None) };
     let manifest = there.manifest();
@@ -532,6 +538,11 @@ fn the_same(out: &Path, plan: &Plan, config_json: &str) -> Result<Option<Artifac
     }
     if manifest.config_json != config_json {
         return other("config.json", "the checkpoint's".into(), "another".into());
+    }
+    if manifest.weights_seed != seed {
+        let name =
+            |seed: Option<u64>| seed.map_or("a checkpoint's".into(), |seed| format!("none, but the seed {seed}"));
+        return other("weights", name(seed), name(manifest.weights_seed));
     }
     Ok(Some(there))
 }
@@ -560,4 +571,48 @@ fn receipt_now(started: Instant, kernels: &KernelSet) -> Map<String, Value> {
     out.insert("seconds".into(), started.elapsed().as_secs_f64().into());
     out.insert("finished_unix_s".into(), now.into());
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use dsv4_format::{KernelInput, NoProgress, RankLayout, SectionPlan, TensorPlan};
+
+    use super::*;
+
+    fn set(cubin: u8, table: &str) -> KernelSet {
+        let kernels = vec![KernelInput { family: "rope".into(), key: Digest([1; 32]), cubin: vec![cubin; 9] }];
+        let arches = vec![ArchKernels { arch: "sm_121a".into(), kernels, tuning: Some(table.to_owned()) }];
+        KernelSet { arches, seconds: 0.0 }
+    }
+
+    /// Of the same keys, and for the same architectures: what else makes another artifact is found before weights.
+    #[test]
+    fn other_cubins_and_tables_are_other_kernels() {
+        let out = std::env::temp_dir().join(format!("dsv4-other-kernels-{}.dsv4", std::process::id()));
+        let tensor = TensorPlan { name: "w".into(), dtype: "u8".into(), shape: vec![3], bytes: 3 };
+        let layout = RankLayout::new(&[SectionPlan { name: "all".into(), tensors: vec![tensor] }]).unwrap();
+        let mut draft = Draft::weightless(&out, vec![layout], 1, Digest([1; 32]), "a test", true).unwrap();
+        for compiled in set(1, "a table").arches {
+            draft.write_kernels(&compiled.arch, &compiled.kernels, compiled.tuning.as_deref()).unwrap();
+        }
+        let input = CommitInput {
+            config_json: "{}".into(),
+            source_id: SourceId([0; 32]),
+            weight_contract: Digest([0; 32]),
+            op_contract: Digest([0; 32]),
+            canary: None,
+            ranks: Vec::new(),
+            receipt: Map::new(),
+        };
+        draft.commit(input, true, &NoProgress).unwrap();
+        let there = Artifact::open(&out).unwrap();
+        std::fs::remove_dir_all(&out).unwrap();
+        require_same_kernels(&there, &set(1, "a table")).unwrap();
+        for other in [set(2, "a table"), set(1, "another table")] {
+            let error = require_same_kernels(&there, &other).unwrap_err().to_string();
+            assert!(error.contains("expected this program's for sm_121a, found another version's"), "{error}");
+        }
+        let none = require_same_kernels(&there, &KernelSet::default()).unwrap_err().to_string();
+        assert!(none.contains("expected none, found those for sm_121a"), "{none}");
+    }
 }

@@ -6,8 +6,9 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use dsv4_format::{Artifact, CommitInput, Digest, Draft, Outcome, SourceId};
+use dsv4_format::{Artifact, CommitInput, Digest, Draft, Outcome, Progress, SourceId};
 use dsv4_kernels::gpu::kernels::Kernels;
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::tuning::Tuning;
@@ -91,6 +92,81 @@ fn packed_at_once_or_compiled_later_it_is_the_same_artifact() {
     assert_eq!(inspect(&later)["artifact_id"], packed.artifact_id.as_str());
 }
 
+/// Fails when weights are read.
+struct NoWeights;
+
+impl Progress for NoWeights {
+    fn start(&self, what: &str, _total_bytes: u64) {
+        assert_ne!(what, "pack", "weights are read");
+    }
+
+    fn add(&self, _bytes: u64) {}
+
+    fn finish(&self) {}
+}
+
+#[test]
+fn weights_and_a_seed_do_not_take_each_others_name() {
+    let temp = tempfile::tempdir().unwrap();
+    let seeded = weightless(&temp, "seeded", 5);
+    let options = PackOptions { out: Some(seeded.clone()), ..PackOptions::new(NANO, 2) };
+    let error = pack(&options, &NoWeights).unwrap_err();
+    let words = ["seeded.dsv4", "weights: expected a checkpoint's, found none, but the seed 5", "--force"];
+    assert!(words.iter().all(|word| error.to_string().contains(word)) && error.exit_code() == INPUT as u8, "{error}");
+    let packed = temp.path().join("packed.dsv4");
+    let options = PackOptions { out: Some(packed.clone()), ..PackOptions::new(NANO, 2) };
+    pack(&options, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
+    // Before the compiler is looked for.
+    let config = Path::new(NANO).join("config.json");
+    for (out, words) in [(&packed, "found a checkpoint's"), (&seeded, "found none, but the seed 5")] {
+        let pack = ["pack", "--config", text(&config), "--weights-seed", "6", "--tp", "2", "--nvrtc", "/nowhere"];
+        run(DSV4C, pack.iter().chain(&["-o", text(out)]))
+            .fails(INPUT, &["weights: expected none, but the seed 6", words]);
+    }
+}
+
+/// `dsv4c kernels` mends what it compiles and vouches for nothing else.
+#[test]
+fn damaged_kernels_are_compiled_again() {
+    if !can_compile() {
+        return;
+    }
+    let temp = tempfile::tempdir().unwrap();
+    let (art, key) = (weightless(&temp, "art", 1), temp.path().join("key"));
+    let options = AddOptions { arches: vec!["sm_121a".into()], ..AddOptions::new(&art) };
+    let added = add(&options, &Unwatched).unwrap_or_else(|e| panic!("{e}"));
+    run(DSV4C, ["keygen", "-o", text(&key)]).ok();
+    run(DSV4C, ["sign", text(&art), "--key", &format!("{}.key", text(&key))]).ok();
+    let before = files(&art);
+    fs::remove_file(art.join("kernels.sm_121a")).unwrap();
+    let other = ["kernels", text(&art), "--arch", "sm_90a", "--force", "--nvrtc", "/nowhere"];
+    run(DSV4C, other).fails(INPUT, &["kernels.sm_121a"]);
+    let again = add(&AddOptions::new(&art), &Unwatched).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!((again.outcome, &again.artifact_id, again.notes.len()), (Outcome::Replaced, &added.artifact_id, 0));
+    let after = files(&art);
+    assert_eq!(after.keys().collect::<Vec<_>>(), before.keys().collect::<Vec<_>>());
+    before.iter().filter(|(name, _)| *name != "RECEIPT.json").for_each(|(n, bytes)| assert!(*bytes == after[n], "{n}"));
+    run(DSV4C, ["verify", text(&art), "--key", &format!("{}.pub", text(&key))]).ok();
+}
+
+/// Known before the compiler is looked for, and no obstacle to an artifact for the CPU.
+#[test]
+fn a_model_without_kernels_is_packed_for_the_cpu_alone() {
+    let temp = tempfile::tempdir().unwrap();
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&fs::read(Path::new(NANO).join("config.json")).unwrap()).unwrap();
+    config["hc_mult"] = 3.into();
+    let file = temp.path().join("config.json");
+    fs::write(&file, config.to_string()).unwrap();
+    let out = temp.path().join("out.dsv4");
+    let pack = ["pack", "--config", text(&file), "--weights-seed", "1", "--tp", "2", "-o", text(&out)];
+    let words = ["GPU kernels: hc_mult, hidden_size: expected 2 or 4 streams", "found (3, ", "--arch none"];
+    run(DSV4C, pack.iter().chain(&["--nvrtc", "/nowhere"])).fails(INPUT, &words);
+    assert!(!out.exists());
+    run(DSV4C, pack.iter().chain(&["--arch", "none"])).ok();
+    run(DSV4C, ["kernels", text(&out), "--nvrtc", "/nowhere"]).fails(INPUT, &words);
+}
+
 /// Whatever rank and numerics start, for whichever architecture: by its key, and with the table it was compiled by.
 fn every_unit_is_there(artifact: &Path) {
     let artifact = Artifact::open(artifact).unwrap();
@@ -120,8 +196,11 @@ fn without_the_compiler_it_says_what_to_do_at_once() {
     run(DSV4C, pack).fails(INPUT, &words);
     let seeded = weightless(&temp, "seeded", 1);
     run(DSV4C, ["kernels", text(&seeded), "--nvrtc", text(&empty)]).fails(INPUT, &words);
-    fs::write(empty.join("libnvrtc-builtins.so.13.0"), "no library").unwrap();
-    run(DSV4C, pack).fails(INPUT, &words);
+    // What is there and does not load is not called missing.
+    let builtins = "libnvrtc-builtins.so.13.0";
+    fs::write(empty.join(builtins), "no library").unwrap();
+    let why = ["NVRTC 13.0.88", builtins, "which cannot be opened", "file too short", "scripts/setup cuda"];
+    run(DSV4C, pack).fails(INPUT, &why);
     let mut left: Vec<_> = fs::read_dir(temp.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     left.sort();
     assert_eq!(left, ["empty", "seeded.dsv4"]);
@@ -205,12 +284,14 @@ fn without_weights_every_command_knows_it() {
     // It travels without ranks.
     let there = temp.path().join("there.dsv4");
     let receiver = start(DSV4C, ["receive", "--listen", "127.0.0.1:0", "-o", text(&there)]);
+    let begun = Instant::now();
     let address = loop {
         let said = receiver.err();
         if let Some(address) = said.strip_prefix("waiting at ").and_then(|rest| rest.strip_suffix('\n')) {
             break address.to_owned();
         }
-        std::thread::sleep(std::time::Duration::from_millis(2));
+        assert!(begun.elapsed() < Duration::from_secs(20), "no address: {said:?}");
+        std::thread::sleep(Duration::from_millis(2));
     };
     run(DSV4C, ["push", text(&a), &address]).ok();
     receiver.finish().ok();
@@ -225,12 +306,16 @@ fn what_cannot_be_meant_is_refused() {
     let (art, config) = (text(&art), text(&config));
     let table = temp.path().join("table.toml");
     fs::write(&table, Tuning::for_arch("sm_90a").text()).unwrap();
+    let seeded = ["pack", "--config", config, "--weights-seed", "1", "--tp", "2", "-o", "x"];
     for (args, words) in [
         (vec!["pack", "--tp", "2"], "<CHECKPOINT"),
         (vec!["pack", "--config", config, "--tp", "2", "-o", "x.dsv4"], "--weights-seed"),
         (vec!["pack", "--config", config, "--weights-seed", "1", "--tp", "2"], "--out"),
         (vec!["pack", "--weights-seed", "1", "--tp", "2"], "--config"),
         (vec!["pack", art, "--config", config, "--weights-seed", "1", "--tp", "2", "-o", "x"], "cannot be used with"),
+        ([&seeded[..], &["--memory", "1G"]].concat(), "cannot be used with"),
+        ([&seeded[..], &["--no-verify"]].concat(), "cannot be used with"),
+        ([&seeded[..], &["--journal-every", "1G"]].concat(), "cannot be used with"),
         (vec!["kernels", art, "--arch", "none"], "sm_121a"),
         (vec!["kernels", art, "--arch", "sm_121a", "--tuning", text(&table)], "one for sm_90a"),
     ] {

@@ -166,7 +166,7 @@ fn another_format_version() {
             open.write_all_at(&head, copy).unwrap();
         }
     };
-    for version in [0, FORMAT_VERSION + 1, u32::MAX] {
+    for version in [0, FORMAT_VERSION - 1, FORMAT_VERSION + 1, u32::MAX] {
         let words = ["version is", &format!("{version}, expected {FORMAT_VERSION}")];
         let manifest = packed.path().join("MANIFEST");
         let set = |version: u32| head(&manifest, &[0], &|head| head[8..12].copy_from_slice(&version.to_le_bytes()));

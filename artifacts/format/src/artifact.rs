@@ -15,7 +15,7 @@ use crate::header::{
 };
 use crate::io::{AlignedBuf, DirectFile};
 use crate::layout::RankLayout;
-use crate::manifest::{KernelRecord, Manifest, Member, RankFile, StoredFile, decode};
+use crate::manifest::{Digest, KernelRecord, Manifest, Member, RankFile, StoredFile, decode};
 use crate::members;
 
 pub struct Artifact {
@@ -40,6 +40,12 @@ impl Artifact {
         if name.starts_with('.') && name.ends_with(".partial") {
             return Err(refuse("one that is not finished".into()));
         }
+        Artifact::read(path)
+    }
+
+    /// As [`Artifact::open`], of a directory whatever its name.
+    pub(crate) fn read(path: &Path) -> Result<Self, FormatError> {
+        let refuse = |found: String| FormatError::NotAnArtifact { path: path.to_path_buf(), found };
         let file = path.join(MANIFEST_FILE);
         if !exists(&file)? {
             return Err(refuse("a directory without MANIFEST".into()));
@@ -103,6 +109,11 @@ impl Artifact {
     /// The tuning table's text that came with the kernels of `arch`.
     pub fn tuning(&self, arch: &str) -> Result<Option<Vec<u8>>, FormatError> {
         self.kernel_member(arch, TUNING_MEMBER)
+    }
+
+    /// Hash of that text as MANIFEST has it; nothing is read.
+    pub fn tuning_hash(&self, arch: &str) -> Option<Digest> {
+        find_kernel(&self.manifest, arch, TUNING_MEMBER).map(|(_, member)| member.raw_hash)
     }
 
     fn kernel_member(&self, arch: &str, name: &str) -> Result<Option<Vec<u8>>, FormatError> {

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::artifact::is_artifact_file;
+use crate::artifact::{Artifact, is_artifact_file};
 use crate::error::FormatError;
 use crate::header::{BLOCK_BYTES, MANIFEST_FILE, META_FILE, RANKS_MAX, RECEIPT_FILE, rank_file_name};
 use crate::io::{AlignedBuf, DIRECT_ALIGN, DirectFile};
@@ -233,6 +233,7 @@ impl Draft {
         let journal = match opened {
             Opened::Missing if dir.join(MANIFEST_FILE).exists() => {
                 return match receipt_plan(&dir)? {
+                    None if was_replaced(&dir, self.partial.out())? => Ok(Found::Nothing),
                     None => unfinished("receive".into(), "repeat the push to finish it, or discard it with --fresh"),
                     // What was replaced, and not removed any more.
                     Some(_) if is_replaceable(self.partial.out())? => Ok(Found::Nothing),
@@ -429,6 +430,18 @@ impl Drop for Draft {
         if std::thread::panicking() && self.marked.load(Ordering::Acquire) {
             self.partial.keep_on_drop();
         }
+    }
+}
+
+/// Whether a partial directory holds what made way for the artifact at `out` and was not removed any more, rather than
+/// what an interrupted receive left: that has no superblocks until all blocks are there, or lacks a file.
+pub(crate) fn was_replaced(dir: &Path, out: &Path) -> Result<bool, FormatError> {
+    if !is_replaceable(out)? {
+        return Ok(false);
+    }
+    match Artifact::read(dir) {
+        Ok(there) if !there.present_ranks().is_empty() || there.weights_seed().is_some() => there.stored_are_whole(),
+        _ => Ok(false),
     }
 }
 

@@ -150,6 +150,9 @@ pub enum FormatError {
     #[error("{path}: no rank's file is here: expected at least one of {tp}, found none\n  help: copy a rank's file beside MANIFEST, or pack again", path = path.display())]
     NoRanks { path: PathBuf, tp: u32 },
 
+    #[error("{path}: no rank is offered of an artifact with weights: expected at least one of {tp}, found none\n  help: push from a machine that has a rank's file", path = .path.display())]
+    NothingOffered { path: PathBuf, tp: u32 },
+
     #[error("{path}: rank {rank} does not exist: expected less than {tp}\n  help: this artifact is packed for {tp} ranks", path = path.display())]
     NoSuchRank { path: PathBuf, rank: u32, tp: u32 },
 

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use crate::artifact::Artifact;
 use crate::check::{TUNING_MEMBER, check, is_arch};
 use crate::commit::{Committed, Outcome};
-use crate::draft::is_replaceable;
+use crate::draft::{is_replaceable, was_replaced};
 use crate::error::FormatError;
 use crate::header::{KERNELS_PREFIX, MANIFEST_FILE, META_FILE, RECEIPT_FILE, SIGNATURE_FILE, rank_file_name};
 use crate::journal::{JOURNAL_FILE, is_partial_file};
@@ -86,14 +86,15 @@ pub(crate) fn sort(files: &mut [StoredFile], kernels: &mut [KernelRecord]) {
     kernels.sort_by(|a, b| (&a.arch, a.key).cmp(&(&b.arch, b.key)));
 }
 
-/// A file that the new artifact has and the old one has not.
+/// A file whose bytes are at hand, whatever the old artifact has under that name.
 type Fresh = (String, Vec<u8>);
 
 impl Artifact {
     /// Gives the artifact other kernels. Rank files stay the very files they are; everything else is replaced at
-    /// once or not at all. Where nothing would change, nothing is.
+    /// once or not at all. Where nothing would change, nothing is; a file that is not as MANIFEST says is written anew
+    /// if it is of what `new` holds, and nothing is replaced if it is another.
     ///
-    /// A signature is of the MANIFEST as it was: with `unsign` it is dropped.
+    /// A signature is of the MANIFEST as it was: unless that stays the same, it is dropped with `unsign`.
     ///
     /// Errors: [`FormatError::Signed`] without `unsign`, [`FormatError::Unfinished`] where an interrupted pack or
     /// receive of this name waits, [`FormatError::Busy`], [`FormatError::Occupied`], [`FormatError::Input`], I/O.
@@ -101,11 +102,8 @@ impl Artifact {
         let (manifest, fresh) = self.with_kernels(new)?;
         let committed =
             |outcome| Committed { artifact_id: manifest.artifact_id, weight_set_id: manifest.weight_set_id, outcome };
-        if manifest.artifact_id == self.manifest().artifact_id {
+        if manifest.artifact_id == self.manifest().artifact_id && self.stored_are_whole()? {
             return Ok(committed(Outcome::AlreadyThere));
-        }
-        if self.signature()?.is_some() && !unsign {
-            return Err(FormatError::Signed { path: self.path().join(SIGNATURE_FILE) });
         }
         // The name may be a link; its neighbours are those of the directory itself.
         let out = fs::canonicalize(self.path()).map_err(|e| FormatError::io("resolve", self.path(), 0, e))?;
@@ -121,8 +119,13 @@ impl Artifact {
             let found = "another one than when it was opened".into();
             return Err(FormatError::NotAnArtifact { path: out, found });
         }
+        // Only now nobody signs it any more.
+        let (signed, same) = (now.signature()?.is_some(), manifest == *now.manifest());
+        if signed && !same && !unsign {
+            return Err(FormatError::Signed { path: self.path().join(SIGNATURE_FILE) });
+        }
         let mut partial = Partial::resume(&out, is_partial_file)?;
-        refuse_unfinished(partial.path())?;
+        refuse_unfinished(partial.path(), &out)?;
         partial.discard_on_drop();
         partial.clear()?;
         for &rank in now.present_ranks() {
@@ -132,8 +135,15 @@ impl Artifact {
         for file in stored {
             match fresh.iter().find(|(name, _)| *name == file.name) {
                 Some((name, bytes)) => write_new(&partial.path().join(name), bytes)?,
-                None => link(&out, partial.path(), &file.name)?,
+                None => {
+                    // A new artifact would vouch for it.
+                    now.verify_stored(file)?;
+                    link(&out, partial.path(), &file.name)?;
+                }
             }
+        }
+        if signed && same {
+            link(&out, partial.path(), SIGNATURE_FILE)?;
         }
         // The receipt first: a MANIFEST without one is what an interrupted receive leaves.
         write_new(&partial.path().join(RECEIPT_FILE), receipt(&out, new, &manifest).as_bytes())?;
@@ -143,7 +153,7 @@ impl Artifact {
         Ok(committed(Outcome::Replaced))
     }
 
-    /// The manifest with other kernels, and the files that it names anew.
+    /// The manifest with other kernels, and the files that are not the old artifact's to give.
     fn with_kernels(&self, new: &NewKernels) -> Result<(Manifest, Vec<Fresh>), FormatError> {
         let mut manifest = self.manifest().clone();
         manifest.op_contract = new.op_contract;
@@ -156,10 +166,8 @@ impl Artifact {
         }
         meta.extend(new.meta.iter().cloned());
         let (stored, bytes) = members::store(META_FILE, &meta, &self.path().join(META_FILE))?;
-        if stored != manifest.meta {
-            manifest.meta = stored;
-            fresh.push((META_FILE.to_owned(), bytes));
-        }
+        manifest.meta = stored;
+        fresh.push((META_FILE.to_owned(), bytes));
         for arch in &new.arches {
             let (stored, bytes, records) = store(self.path(), &arch.arch, &arch.kernels, arch.tuning.as_deref())?;
             manifest.kernel_files.retain(|file| file.name != stored.name);
@@ -175,16 +183,16 @@ impl Artifact {
     }
 }
 
-/// What waits in the partial directory for a command that goes on with it is not this one's to discard. What an
-/// exchange of names left there is whole and has a receipt.
-fn refuse_unfinished(partial: &Path) -> Result<(), FormatError> {
+/// What waits in the partial directory for a command that goes on with it is not this one's to discard. What a change
+/// of kernels or an exchange of names left there has a receipt, or is whole.
+fn refuse_unfinished(partial: &Path, out: &Path) -> Result<(), FormatError> {
     let has = |name: &str| {
         let path = partial.join(name);
         path.try_exists().map_err(|e| FormatError::io("examine", &path, 0, e))
     };
     let (found, help) = if has(JOURNAL_FILE)? {
         ("pack", "let the same pack command finish it, or discard it with pack --fresh")
-    } else if has(MANIFEST_FILE)? && !has(RECEIPT_FILE)? {
+    } else if has(MANIFEST_FILE)? && !has(RECEIPT_FILE)? && !was_replaced(partial, out)? {
         ("receive", "repeat the push to finish it, or move this directory away")
     } else {
         return Ok(());

@@ -52,7 +52,7 @@ pub use manifest::{
     Tensor, WeightSetId,
 };
 pub use marks::Marks;
-pub use partial::Partial;
+pub use partial::{Partial, require_room};
 pub use progress::{NoProgress, Progress};
 pub use rank_writer::RankWriter;
 pub use receive::Receiving;

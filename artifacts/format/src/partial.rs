@@ -187,6 +187,23 @@ fn places(out: &Path) -> Result<(PathBuf, PathBuf), FormatError> {
     Ok((parent, partial))
 }
 
+/// Whether the file system of `out` may have room for files of `bytes` in its partial directory, beside or in place of
+/// what an interrupted writer left there. Reserves nothing; where the system does not tell, the reservation will.
+///
+/// Errors: [`FormatError::NoSpace`], a name that no partial can have.
+pub fn require_room(out: &Path, bytes: u64) -> Result<(), FormatError> {
+    let (parent, partial) = places(out)?;
+    let Ok(disk) = rustix::fs::statvfs(&parent) else { return Ok(()) };
+    // Also what is kept for the superuser, who may be asking.
+    let free = disk.f_bfree.saturating_mul(disk.f_frsize);
+    let entries = fs::read_dir(&partial).into_iter().flatten().flatten();
+    let held: u64 = entries.filter_map(|entry| entry.metadata().ok()).map(|meta| meta.blocks() * 512).sum();
+    if disk.f_blocks > 0 && bytes > free.saturating_add(held) {
+        return Err(FormatError::NoSpace { path: partial, needed: bytes });
+    }
+    Ok(())
+}
+
 /// Returns when the directory's entries are on the medium.
 pub(crate) fn sync_directory(path: &Path) -> Result<(), FormatError> {
     let synced = File::open(path).and_then(|dir| dir.sync_all());

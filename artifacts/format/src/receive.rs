@@ -77,7 +77,7 @@ impl Receiving {
     /// With `force` it is replaced when all is there; its own blocks are used as far as they are the right ones.
     ///
     /// Errors: those of opening an artifact for the MANIFEST, [`FormatError::NoSuchRank`], [`FormatError::Weightless`],
-    /// [`FormatError::Exists`], [`FormatError::Occupied`], [`FormatError::Busy`], [`FormatError::NoSpace`],
+    /// [`FormatError::NothingOffered`], [`FormatError::Exists`], [`FormatError::Occupied`], [`FormatError::Busy`], [`FormatError::NoSpace`],
     /// [`FormatError::Unfinished`] for what an interrupted pack left, unless `force` discards it.
     pub fn begin(out: &Path, manifest: &[u8], ranks: &[u32], force: bool) -> Result<Receiving, FormatError> {
         let (bytes, name) = (manifest.to_vec(), out.join(MANIFEST_FILE));
@@ -88,6 +88,10 @@ impl Receiving {
         }
         if let Some(seed) = manifest.weights_seed.filter(|_| !ranks.is_empty()) {
             return Err(FormatError::Weightless { path: out.to_path_buf(), seed });
+        }
+        // Before anything is looked at: what an earlier attempt left would count as not wanted.
+        if ranks.is_empty() && manifest.weights_seed.is_none() {
+            return Err(FormatError::NothingOffered { path: out.to_path_buf(), tp: manifest.tp });
         }
         let there = is_replaceable(out)?;
         let same = if there && !force { Some(require_same(out, &manifest)?) } else { None };

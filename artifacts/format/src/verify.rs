@@ -8,7 +8,8 @@ use std::fs;
 use crate::artifact::{Artifact, require_len};
 use crate::error::FormatError;
 use crate::header::{
-    BLOCK_BYTES, HEADER_BYTES, MANIFEST_FILE, RECEIPT_FILE, SECTION_ALIGN, SIGNATURE_FILE, rank_file_name,
+    BLOCK_BYTES, HEADER_BYTES, KERNELS_PREFIX, MANIFEST_FILE, RECEIPT_FILE, SECTION_ALIGN, SIGNATURE_FILE,
+    rank_file_name,
 };
 use crate::io::{AlignedBuf, DirectFile};
 use crate::layout::RankLayout;
@@ -109,7 +110,26 @@ impl Artifact {
         }
     }
 
-    fn verify_stored(&self, stored: &StoredFile) -> Result<(), FormatError> {
+    /// Reads and judges the kernels of an architecture, where there are any. Errors: those of [`Artifact::verify`].
+    pub fn verify_kernels(&self, arch: &str) -> Result<(), FormatError> {
+        let name = format!("{KERNELS_PREFIX}{arch}");
+        self.manifest().kernel_files.iter().filter(|file| file.name == name).try_for_each(|f| self.verify_stored(f))
+    }
+
+    /// Whether `meta` and all kernels are here as packed. Errors: what says nothing about them.
+    pub(crate) fn stored_are_whole(&self) -> Result<bool, FormatError> {
+        let manifest = self.manifest();
+        let mut stored = std::iter::once(&manifest.meta).chain(&manifest.kernel_files);
+        match stored.try_for_each(|file| self.verify_stored(file)) {
+            Ok(()) => Ok(true),
+            Err(e @ (FormatError::Memory { .. } | FormatError::Thread { .. } | FormatError::OpenFiles { .. })) => {
+                Err(e)
+            }
+            Err(_) => Ok(false),
+        }
+    }
+
+    pub(crate) fn verify_stored(&self, stored: &StoredFile) -> Result<(), FormatError> {
         if stored.members.is_empty() {
             return Ok(());
         }

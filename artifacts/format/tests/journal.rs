@@ -378,6 +378,24 @@ fn a_pack_and_a_receive_do_not_take_each_others_partials() {
     pack_with(&dir.path().join("y.dsv4"), 1 << 20, "{}", None, false).expect("pack");
     fs::rename(dir.path().join("y.dsv4"), &out).expect("rename");
     assert_eq!(*resume(&out, None, &journal(1)).expect("draft").found(), Found::Nothing);
+    // So it is with the receipt of a receive, and without one; but not when something is missing.
+    put("{\"from\":\"elsewhere\"}");
+    assert_eq!(*resume(&out, None, &journal(1)).expect("draft").found(), Found::Nothing);
+    for lacking in [None, Some("meta"), Some("rank0.weights")] {
+        put("{}");
+        let files = std::iter::once("RECEIPT.json").chain(lacking);
+        files.for_each(|name| fs::remove_file(partial(&out).join(name)).expect("remove"));
+        if lacking == Some("rank0.weights") {
+            let len = fs::metadata(whole.join("rank0.weights")).expect("metadata").len();
+            let file = fs::File::create(partial(&out).join("rank0.weights")).expect("create");
+            file.set_len(len).expect("length");
+        }
+        match (lacking, resume(&out, None, &journal(1))) {
+            (None, draft) => assert_eq!(*draft.expect("draft").found(), Found::Nothing),
+            (_, draft) => assert!(matches!(draft.err(), Some(FormatError::Unfinished { .. })), "{lacking:?}"),
+        }
+        let _ = fs::remove_dir_all(partial(&out));
+    }
 }
 
 /// Interrupted when the small files were there already.

@@ -116,6 +116,43 @@ fn the_same_kernels_change_nothing() {
     assert_eq!(before, ["MANIFEST", "RECEIPT.json", "kernels.sm_121a"].map(|name| identity(&out.join(name))));
 }
 
+/// Missing, cut or with a wrong bit: the same kernels are no reason to leave it so.
+#[test]
+fn kernels_that_are_not_as_packed_are_written_anew() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let out = dir.path().join("a.dsv4");
+    pack(&out);
+    let both = || vec![of("sm_121a", &[1]), of("sm_90a", &[2])];
+    replace(&out, both()).expect("replace");
+    // Of the same MANIFEST, so it holds on.
+    fs::write(out.join("SIGNATURE"), "whoever").expect("write");
+    let (file, other) = (out.join("kernels.sm_121a"), out.join("kernels.sm_90a"));
+    let (whole, before, manifest) = (fs::read(&file).expect("read"), weights(&out), fs::read(out.join("MANIFEST")));
+    let damages: [&dyn Fn(&Path); 3] =
+        [&|file| fs::remove_file(file).expect("remove"), &|file| flip(file, 9), &|file| {
+            fs::write(file, &whole[..whole.len() / 2]).expect("write")
+        }];
+    for damage in damages {
+        damage(&file);
+        // Who compiles for another architecture does not vouch for it.
+        for arches in [vec![of("sm_90a", &[2])], vec![of("sm_90a", &[3])]] {
+            let artifact = Artifact::open(&out).expect("open");
+            let error = artifact.replace_kernels(&new(arches), true).expect_err("damaged").to_string();
+            assert!(error.contains("kernels.sm_121a"), "{error}");
+        }
+        let done = replace(&out, both()).expect("replace");
+        assert_eq!((done.outcome, weights(&out)), (Outcome::Replaced, before.clone()));
+        assert!(fs::read(&file).expect("read") == whole);
+        assert_eq!(fs::read(out.join("MANIFEST")).ok(), manifest.as_ref().ok().cloned());
+        assert_eq!(fs::read(out.join("SIGNATURE")).expect("read"), b"whoever");
+        assert_eq!(replace(&out, both()).expect("replace").outcome, Outcome::AlreadyThere);
+    }
+    assert_eq!(names(dir.path()), ["a.dsv4"]);
+    flip(&other, 9);
+    let error = replace(&out, vec![of("sm_121a", &[1])]).expect_err("the other is damaged");
+    assert!(matches!(&error, FormatError::Hash { file, .. } if *file == other), "{error}");
+}
+
 #[test]
 fn a_signature_is_dropped_only_when_told() {
     let dir = tempfile::tempdir().expect("tempdir");
@@ -154,6 +191,27 @@ fn what_another_command_left_is_its_own() {
         replace(&out, vec![of("sm_121a", &[n])]).expect("replace");
         assert!(!partial.exists());
         Artifact::open(&out).expect("open").verify(&NoProgress).expect("verify");
+    }
+    // An artifact that had no receipt has none where the exchange left it, either.
+    fs::create_dir(&partial).expect("dir");
+    let files = || names(&out).into_iter().filter(|name| name != "RECEIPT.json");
+    files().for_each(|name| fs::hard_link(out.join(&name), place(&name)).expect("link"));
+    replace(&out, vec![of("sm_121a", &[7])]).expect("replace");
+    assert!(!partial.exists());
+    // What an interrupted receive left lacks blocks, and with them superblocks, or a file.
+    for lacking in ["rank1.weights", "kernels.sm_121a"] {
+        fs::create_dir(&partial).expect("dir");
+        let others = files().filter(|name| name != lacking);
+        others.for_each(|name| fs::hard_link(out.join(&name), place(&name)).expect("link"));
+        if lacking == "rank1.weights" {
+            let len = fs::metadata(out.join(lacking)).expect("metadata").len();
+            fs::File::create(place(lacking)).and_then(|file| file.set_len(len)).expect("create");
+        }
+        let before = names(&partial);
+        let error = replace(&out, vec![of("sm_121a", &[8])]).expect_err("unfinished");
+        assert!(error.to_string().contains("interrupted receive"), "{error}");
+        assert_eq!(names(&partial), before);
+        fs::remove_dir_all(&partial).expect("remove");
     }
     // Its own directory is not the artifact's either.
     fs::write(out.join("notes.txt"), "mine").expect("write");

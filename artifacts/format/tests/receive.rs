@@ -77,6 +77,26 @@ fn pieces_in_any_order_and_two_attempts_make_the_artifact() {
     assert_eq!(fs::read_dir(dir.path()).expect("dir").count(), 2);
 }
 
+/// Whoever knows the token may offer anything; what arrived before is not the price.
+#[test]
+fn an_offer_of_no_ranks_costs_nothing() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (a, b) = (dir.path().join("a.dsv4"), dir.path().join("b.dsv4"));
+    pack(&a);
+    let receiving = begin(&b, &a, &[0], false).expect("begin");
+    put_blocks(&receiving, &a, 0, 4);
+    drop(receiving);
+    for force in [false, true] {
+        let error = begin(&b, &a, &[], force).err().expect("no ranks");
+        assert!(matches!(error, FormatError::NothingOffered { tp: 2, .. }), "{error}");
+    }
+    let receiving = begin(&b, &a, &[0], false).expect("again");
+    assert_eq!(receiving.missing_blocks(), [(0, vec![true, false, false, false, false])]);
+    // Nor does one make a partial directory.
+    assert!(begin(&dir.path().join("c.dsv4"), &a, &[], false).is_err());
+    assert_eq!(fs::read_dir(dir.path()).expect("dir").count(), 2);
+}
+
 #[test]
 fn another_manifest_starts_over_and_a_wrong_one_does_not_start() {
     let dir = tempfile::tempdir().expect("tempdir");

@@ -110,13 +110,20 @@ pub fn add(options: &AddOptions, progress: &dyn Progress) -> Result<AddReport, C
     let targets = targets(options, manifest)?;
     let new = |set: &KernelSet| new_kernels(set, &targets);
     // What is plain from the keys alone need not wait for the compiler.
-    let same = targets.iter().all(|target| has(&artifact, target, &keys(&model, tp, target)));
-    if artifact.signature()?.is_some() && !options.force && !(same && manifest.op_contract == op_contract()) {
+    let mut same = true;
+    for target in &targets {
+        same &= has(&artifact, target, &keys(&model, tp, target)?);
+    }
+    let signed = artifact.signature()?.is_some();
+    if signed && !options.force && !(same && manifest.op_contract == op_contract()) {
         return Err(dsv4_format::FormatError::Signed { path: options.artifact.join("SIGNATURE") }.into());
     }
-    let notes = notes(&artifact, &model, tp, &targets, options.force)?;
+    let mut notes = notes(&artifact, &model, tp, &targets)?;
     let set = compile(&model, tp, &targets, options.nvrtc.as_deref(), options.jobs, progress)?;
     let done = artifact.replace_kernels(&new(&set), options.force)?;
+    if signed && artifact.signature()?.is_none() {
+        notes.push("the signature was of the kernels as they were and is gone: sign again with dsv4c sign".to_owned());
+    }
     Ok(AddReport {
         artifact: options.artifact.clone(),
         old_id: manifest.artifact_id.to_string(),
@@ -174,43 +181,35 @@ fn targets(options: &AddOptions, manifest: &Manifest) -> Result<Vec<Target>, Com
     Ok(arches.into_iter().map(target).collect())
 }
 
-fn keys(model: &ModelConfig, tp: Tp, target: &Target) -> BTreeSet<[u8; 32]> {
-    units(model, tp, target).into_keys().collect()
+fn keys(model: &ModelConfig, tp: Tp, target: &Target) -> Result<BTreeSet<[u8; 32]>, CompileError> {
+    Ok(units(model, tp, target)?.into_keys().collect())
 }
 
-/// Whether an artifact's kernels for a target are those of these keys, by the same table.
+/// Whether an artifact's kernels for a target are those of these keys, by the same table, as its MANIFEST says.
 fn has(artifact: &Artifact, target: &Target, keys: &BTreeSet<[u8; 32]>) -> bool {
     let kernels = artifact.manifest().kernels.iter().filter(|k| k.arch == target.arch);
-    let table = artifact.tuning(&target.arch).ok().flatten();
     kernels.map(|k| k.key.0).collect::<BTreeSet<_>>() == *keys
-        && table.as_deref() == Some(target.tuning.text().as_bytes())
+        && artifact.tuning_hash(&target.arch) == Some(Digest::of(target.tuning.text().as_bytes()))
 }
 
-/// What is lost or left behind.
-fn notes(
-    artifact: &Artifact,
-    model: &ModelConfig,
-    tp: Tp,
-    targets: &[Target],
-    force: bool,
-) -> Result<Vec<String>, CompileError> {
+/// What is lost or left behind. Errors: kernels that stay and are damaged.
+fn notes(artifact: &Artifact, model: &ModelConfig, tp: Tp, targets: &[Target]) -> Result<Vec<String>, CompileError> {
     let mut notes = Vec::new();
-    if force && artifact.signature()?.is_some() {
-        notes.push("the signature was of the kernels as they were and is gone: sign again with dsv4c sign".to_owned());
-    }
     for target in targets {
-        let old = artifact.tuning(&target.arch).ok().flatten();
-        if old.is_some_and(|old| old != target.tuning.text().as_bytes()) {
+        let old = artifact.tuning_hash(&target.arch);
+        if old.is_some_and(|old| old != Digest::of(target.tuning.text().as_bytes())) {
             notes.push(format!("the tuning table of {} was another one", target.arch));
         }
     }
     let there: BTreeSet<&str> = artifact.manifest().kernels.iter().map(|k| k.arch.as_str()).collect();
     for arch in there.into_iter().filter(|arch| !targets.iter().any(|t| t.arch == *arch)) {
         // By whichever table they were compiled: it says which kernels there must be.
-        let text = artifact.tuning(arch).ok().flatten().and_then(|text| String::from_utf8(text).ok());
+        artifact.verify_kernels(arch)?;
+        let text = artifact.tuning(arch)?.and_then(|text| String::from_utf8(text).ok());
         let tuning = text.and_then(|text| Tuning::parse(&text).ok());
         let target = tuning.map(|tuning| Target { arch: arch.to_owned(), tuning });
-        if !target.is_some_and(|target| has(artifact, &target, &keys(model, tp, &target))) {
+        let ours = |target: Target| keys(model, tp, &target).is_ok_and(|keys| has(artifact, &target, &keys));
+        if !target.is_some_and(ours) {
             notes.push(format!(
                 "the kernels for {arch} are of another version of this program: name it in --arch as well"
             ));

@@ -8,7 +8,7 @@ use dsv4_format::{CommitInput, Digest, Draft, Progress, SourceId};
 use dsv4_model::{Tp, contract};
 use serde_json::json;
 
-use super::{PROGRAM, PackReport, build, contract_texts, normalised, receipt_now};
+use super::{PROGRAM, PackReport, build, contract_texts, normalised, receipt_now, require_same_kernels, the_same};
 use crate::checkpoint::Config;
 use crate::error::CompileError;
 use crate::kernels::{self, Target};
@@ -48,9 +48,13 @@ pub fn pack_weightless(options: &WeightlessOptions, progress: &dyn Progress) -> 
     let config = Config::read(&options.config)?;
     let plan = Plan::new(&config, options.tp)?;
     let config_json = normalised(&config.text, &options.config)?;
+    let there = if options.force { None } else { the_same(&options.out, &plan, &config_json, Some(options.seed))? };
     let targets: Vec<Target> = options.arches.iter().map(|arch| Target::new(arch)).collect();
     let tp = Tp::new(0, options.tp).map_err(CompileError::model(&options.config))?;
     let set = kernels::compile(&config.model, tp, &targets, options.nvrtc.as_deref(), options.jobs, progress)?;
+    if let Some(there) = &there {
+        require_same_kernels(there, &set)?;
+    }
     let seed = options.seed;
     let intent = json!({
         "program": PROGRAM, "build": build(), "config": config_json, "tp": options.tp, "weights_seed": seed,

@@ -86,13 +86,9 @@ impl<S: Stream> Admitted<S> {
         if let Some(key) = &options.key {
             key.check_bytes(&offer.manifest, offer.signature.as_deref(), &options.out.join("SIGNATURE"))?;
         }
-        let weightless = offer.ranks.is_empty();
         let receiving = Receiving::begin(&options.out, &offer.manifest, &offer.ranks, options.force)?;
         alive(peer, || receiving.examine(progress))?;
         let manifest = receiving.manifest();
-        if weightless && manifest.weights_seed.is_none() {
-            return Err(peer.wrong("offer", "ranks", "none, of an artifact with weights"));
-        }
         let artifact_id = manifest.artifact_id.to_string();
         let all: u64 = offer.ranks.iter().filter_map(|&r| manifest.ranks.get(r as usize)).map(|r| r.arena_bytes).sum();
         let missing = missing_bytes(&receiving);

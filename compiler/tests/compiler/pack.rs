@@ -245,6 +245,19 @@ fn a_full_disk_is_an_error_and_leaves_nothing() {
     assert!(names(disk.path()).is_empty());
 }
 
+/// Compiling takes minutes; what is there already, or was reserved, needs no room.
+#[test]
+fn a_full_disk_is_known_before_kernels_are_compiled() {
+    let Some(disk) = SmallDisk::mount(20) else { return };
+    let arches = vec!["sm_121a".into()];
+    let usual = PackOptions { arches, nvrtc: Some("/nowhere".into()), ..options(NANO, 2, &disk.path().join("x.dsv4")) };
+    let error = pack(&usual, &NoProgress).unwrap_err();
+    let CompileError::Format(FormatError::NoSpace { needed, .. }) = error else { panic!("{error}") };
+    assert!(needed > 20 << 20 && names(disk.path()).is_empty());
+    let one = PackOptions { rank: Some(1), ..usual };
+    assert!(matches!(pack(&one, &NoProgress).unwrap_err(), CompileError::NoNvrtc { .. }));
+}
+
 #[test]
 fn ranks_packed_one_after_another_are_one_artifact() {
     let temp = tempfile::tempdir().unwrap();

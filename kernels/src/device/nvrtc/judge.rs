@@ -34,7 +34,7 @@ pub struct Broken {
 /// for the shared memory that its launches may ask for. `log` is what [`super::Nvrtc::compile`] gave.
 /// Gives what each kernel takes, in the unit's order.
 pub fn judge(unit: &Unit, cubin: &[u8], log: &str) -> Result<Vec<Resources>, Broken> {
-    let all = resources(log);
+    let all = told(log);
     let mut out = Vec::new();
     for (name, dynamic) in &unit.kernels {
         let broken = |expected: String, found: String| Broken { kernel: name.clone(), expected, found };
@@ -43,15 +43,21 @@ pub fn judge(unit: &Unit, cubin: &[u8], log: &str) -> Result<Vec<Resources>, Bro
             let others: Vec<&str> = all.iter().map(|r| r.kernel.as_str()).collect();
             return Err(broken("its code in the cubin".into(), format!("only that of {}", others.join(", "))));
         };
-        if found.spilled > 0 {
-            let text = format!("{} bytes of them, with {} registers", found.spilled, found.registers);
+        let (Some(spilled), Some((registers, shared))) = (found.spilled, found.used) else {
+            let lines = [("spills", found.spilled.is_none()), ("registers and shared memory", found.used.is_none())];
+            let silent: Vec<&str> = lines.into_iter().filter(|(_, silent)| *silent).map(|(what, _)| what).collect();
+            let expected = "the compiler's word on all that it takes".into();
+            return Err(broken(expected, format!("none on its {}", silent.join(", "))));
+        };
+        if spilled > 0 {
+            let text = format!("{spilled} bytes of them, with {registers} registers");
             return Err(broken("no spilled registers".into(), text));
         }
-        if found.shared.saturating_add(*dynamic) > SHARED_MAX {
-            let text = format!("{} static and {dynamic} dynamic", found.shared);
+        if shared.saturating_add(*dynamic) > SHARED_MAX {
+            let text = format!("{shared} static and {dynamic} dynamic");
             return Err(broken(format!("at most {SHARED_MAX} bytes of shared memory"), text));
         }
-        out.push(found.clone());
+        out.push(Resources { kernel: name.clone(), registers, spilled, shared });
     }
     Ok(out)
 }
@@ -62,19 +68,34 @@ fn has_code(cubin: &[u8], kernel: &str) -> bool {
     cubin.windows(section.len()).any(|bytes| bytes == section.as_bytes())
 }
 
+/// What the log says of a kernel; nothing where it says nothing.
+#[derive(Debug, PartialEq, Eq)]
+struct Told {
+    kernel: String,
+    spilled: Option<u32>,
+    /// Registers and shared memory.
+    used: Option<(u32, u32)>,
+}
+
 /// Kernels as `--ptxas-options=-v` tells of them.
-fn resources(log: &str) -> Vec<Resources> {
-    let mut out: Vec<Resources> = Vec::new();
+fn told(log: &str) -> Vec<Told> {
+    let mut out: Vec<Told> = Vec::new();
     for line in log.lines() {
         if let Some((_, rest)) = line.split_once("Compiling entry function '") {
             let kernel = rest.split('\'').next().unwrap_or_default().to_owned();
-            out.push(Resources { kernel, registers: 0, spilled: 0, shared: 0 });
+            out.push(Told { kernel, spilled: None, used: None });
         }
         let Some(last) = out.last_mut() else { continue };
-        let before = |what: &str| number_before(line, what).unwrap_or(0);
-        last.spilled += before(" bytes spill stores") + before(" bytes spill loads");
-        last.registers = last.registers.max(before(" registers"));
-        last.shared = last.shared.max(before(" bytes smem"));
+        let before = |what: &str| number_before(line, what);
+        if let (Some(stored), Some(loaded)) = (before(" bytes spill stores"), before(" bytes spill loads")) {
+            last.spilled = Some(last.spilled.unwrap_or(0).saturating_add(stored).saturating_add(loaded));
+        }
+        // A kernel without shared memory has no word on it in this line.
+        let shared = if line.contains(" smem") { before(" bytes smem") } else { Some(0) };
+        if let (Some(registers), Some(shared)) = (before(" registers"), shared) {
+            let (most, largest) = last.used.unwrap_or_default();
+            last.used = Some((most.max(registers), largest.max(shared)));
+        }
     }
     out
 }
@@ -110,8 +131,9 @@ ptxas info    : Used 255 registers, used 1 barriers, 132 bytes smem
     #[test]
     fn the_log_is_read_kernel_by_kernel() {
         let up = Resources { kernel: "up".into(), registers: 24, spilled: 0, shared: 0 };
-        let down = Resources { kernel: "down".into(), registers: 255, spilled: 12, shared: 132 };
-        assert_eq!(resources(LOG), [up.clone(), down]);
+        let told_of = |kernel: &str, spilled, used| Told { kernel: kernel.into(), spilled, used };
+        let down = told_of("down", Some(12), Some((255, 132)));
+        assert_eq!(told(LOG), [told_of("up", Some(0), Some((24, 0))), down]);
         assert_eq!(judge(&unit(&[("up", SHARED_MAX)]), CUBIN, LOG), Ok(vec![up]));
     }
 
@@ -126,5 +148,27 @@ ptxas info    : Used 255 registers, used 1 barriers, 132 bytes smem
         assert!(wrong(&[("upp", 0)], LOG).contains("only that of up, down"));
         let other = LOG.replace("'up'", "'upper'");
         assert!(wrong(&[("up", 0)], &other).contains("only that of upper, down"));
+    }
+
+    #[test]
+    fn silence_is_no_word_of_nothing() {
+        let without = |words: &str| {
+            let log: Vec<&str> = LOG.lines().filter(|line| !line.contains(words)).collect();
+            judge(&unit(&[("up", 0)]), CUBIN, &log.join("\n")).unwrap_err().found
+        };
+        assert_eq!(without("spill stores"), "none on its spills");
+        assert_eq!(without("Used"), "none on its registers and shared memory");
+        // Words that are there and say no number are none either.
+        let down = |from: &str, to: &str| {
+            let log = LOG.replace("8 bytes spill stores, 4 ", "0 bytes spill stores, 0 ").replace(from, to);
+            judge(&unit(&[("down", 0)]), CUBIN, &log).map_err(|broken| broken.found)
+        };
+        assert!(down("", "").is_ok());
+        let no_use = Err("none on its registers and shared memory".to_owned());
+        assert_eq!(down("132 bytes smem", "4294967296 bytes smem"), no_use);
+        assert_eq!(down("132 bytes smem", "132 KB smem"), no_use);
+        assert_eq!(down("0 bytes spill loads", "no spill loads"), Err("none on its spills".to_owned()));
+        let most = down("0 bytes spill stores, 0 ", "4294967295 bytes spill stores, 4 ").unwrap_err();
+        assert!(most.starts_with("4294967295 bytes"), "{most}");
     }
 }
