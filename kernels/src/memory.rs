@@ -21,7 +21,7 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
 /// Most drafts that a step verifies.
-pub const DRAFTS_MAX: u64 = 16;
+pub const DRAFTS_MAX: u64 = 15;
 /// A rank's program, tokenizer, manifest, thread stacks on the CPU.
 const PROCESS_BYTES: u64 = 64 * MIB;
 /// A GPU rank's host side: the same, with the driver's libraries.
@@ -349,7 +349,7 @@ mod tests {
             + 3 * 4 * 1024
             + (4 * 4096 + 6 * 1024 + 3 * 256);
         let threads = 20 * (65_536 / 4 * 2 + 6 * (128 + 512 + 512) + 4 * 32_768);
-        let workspace = 4 * (256 * row + 3 * 17 * 129_280 + threads);
+        let workspace = 4 * (256 * row + 3 * 16 * 129_280 + threads);
         let windows = 44 * (128 + 512) * 512 * 4;
         let csa = 21 * (2 * (8 + 512) * (1024 + 256) + 16_384 * (512 + 128)) * 4;
         let hca = 20 * (2 * (128 + 512) * 512 + 512 * 512) * 4;

@@ -10,6 +10,7 @@ use std::time::Instant;
 use dsv4_kernels::device::nvrtc::{Nvrtc, Resources, judge};
 use dsv4_kernels::device::unit::Unit;
 use dsv4_kernels::gpu::kernels::Kernels;
+use dsv4_kernels::gpu::shape::Shape;
 use dsv4_kernels::numerics::Numerics;
 use dsv4_kernels::ops::rms_norm;
 use dsv4_kernels::tuning::Tuning;
@@ -17,6 +18,7 @@ use dsv4_model::{ModelConfig, Tp};
 
 const ARCH: &str = "sm_121a";
 const THREADS: usize = 2;
+const FLASH: &str = include_str!("../../tests/golden/flash_config.json");
 /// Set to write `cubins.lock` anew instead of comparing with it.
 const RENEW: &str = "DSV4_RENEW";
 const HEAD: &str = "\
@@ -38,14 +40,15 @@ fn nvrtc() -> Option<Nvrtc> {
     }
 }
 
-/// The units of all configs in both numerics, each once.
-fn units(configs: &[&str]) -> Vec<([u8; 32], Unit)> {
-    let tuning = Tuning::for_arch(ARCH);
+/// The units of all configs in both numerics for a rank of `tp`, each once.
+fn units(configs: &[&str], tp: u32) -> Vec<([u8; 32], Unit)> {
+    let (tp, tuning) = (Tp::new(0, tp).unwrap(), Tuning::for_arch(ARCH));
     let mut units = BTreeMap::new();
     for config in configs {
         let config = ModelConfig::parse(config).unwrap();
         for numerics in [Numerics::Published, Numerics::Float] {
-            let of = Kernels::units(&config, Tp::new(0, 2).unwrap(), numerics, &tuning);
+            Shape::check(&config, tp, numerics, &tuning).unwrap();
+            let of = Kernels::units(&config, tp, numerics, &tuning);
             units.extend(of.into_iter().map(|unit| (unit.key(ARCH), unit)));
         }
     }
@@ -94,11 +97,8 @@ fn compile_all(name: &str, nvrtc: &Nvrtc, units: &[([u8; 32], Unit)]) -> BTreeSe
 #[test]
 fn flash_compiles_to_the_bytes_on_record() {
     let Some(nvrtc) = nvrtc() else { return };
-    let configs = [
-        include_str!("../../tests/golden/flash_config.json"),
-        include_str!("../../tests/golden/flash_0731_config.json"),
-    ];
-    let compiled = compile_all("flash", &nvrtc, &units(&configs));
+    let configs = [FLASH, include_str!("../../tests/golden/flash_0731_config.json")];
+    let compiled = compile_all("flash", &nvrtc, &units(&configs, 2));
     let place: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("cubins.lock");
     if std::env::var_os(RENEW).is_some() {
         let lines: String = compiled.iter().map(|line| format!("{line}\n")).collect();
@@ -123,7 +123,35 @@ fn flash_compiles_to_the_bytes_on_record() {
 fn nano_and_tiny_compile() {
     let Some(nvrtc) = nvrtc() else { return };
     let configs = [include_str!("../../tests/nano/config.json"), include_str!("../../tests/tiny/config.json")];
-    compile_all("nano and tiny", &nvrtc, &units(&configs));
+    compile_all("nano and tiny", &nvrtc, &units(&configs, 2));
+}
+
+/// The same code at the sizes of the larger model, in which it differs from Flash.
+#[test]
+fn pro_compiles() {
+    let Some(nvrtc) = nvrtc() else { return };
+    let mut config: serde_json::Value = serde_json::from_str(FLASH).unwrap();
+    for (name, size) in [
+        ("hidden_size", 7168),
+        ("num_hidden_layers", 61),
+        ("num_attention_heads", 128),
+        ("q_lora_rank", 1536),
+        ("o_groups", 16),
+        ("moe_intermediate_size", 3072),
+        ("n_routed_experts", 384),
+        ("index_topk", 1024),
+    ] {
+        config[name] = size.into();
+    }
+    // The last is of the draft block.
+    let ratio = |layer: u64| match layer {
+        61 => 0,
+        0 => 128,
+        layer if layer.is_multiple_of(2) => 4,
+        _ => 128,
+    };
+    config["compress_ratios"] = (0..=61).map(ratio).collect();
+    compile_all("pro", &nvrtc, &units(&[&config.to_string()], 8));
 }
 
 #[test]

@@ -157,7 +157,7 @@ pub struct AnswerArgs {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Most tokens to draft per step; never changes the answer
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=16))]
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=15))]
     pub draft: u16,
 }
 

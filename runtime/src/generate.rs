@@ -10,8 +10,9 @@ use crate::error::RunError;
 use crate::sample::Sampling;
 use crate::step::{Command, Engine, Source};
 
-/// Most drafts per step.
-pub const DRAFT_MAX: usize = 16;
+/// Most drafts per step: with the decided token before them they are the 16 rows up to which a row's result does not depend
+/// on its company on a GPU either.
+pub const DRAFT_MAX: usize = 15;
 
 /// What to generate.
 pub struct Request<'a> {

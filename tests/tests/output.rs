@@ -54,7 +54,7 @@ fn drafts_do_not_need_large_chunks() {
     let base = [text(&nano), "generate", "--prompt", "Count from 3 to 9.", "--quiet"];
     let expected = run(DSV4_RUN, base).ok().to_owned();
     for chunk in ["1", "4"] {
-        let args = [&base[..], &["--chunk", chunk, "--draft", "16"]].concat();
+        let args = [&base[..], &["--chunk", chunk, "--draft", "15"]].concat();
         assert_eq!(run(DSV4_RUN, args).ok(), expected, "chunk {chunk}");
     }
 }

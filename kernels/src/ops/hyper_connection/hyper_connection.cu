@@ -29,12 +29,15 @@
 #define CHAINS (SPLIT / 4)
 // Warps that collapse a row, and one for the Sinkhorn rounds.
 #define SITE_THREADS (THREADS + LANES)
-// Two blocks are to fit a multiprocessor, so that all of a row are on 48 of them at once; float32 streams would spill.
-#if PUBLISHED && !defined(DSV4_EMULATED)
+// Two blocks are to fit a multiprocessor, so that all of a row are on 48 of them at once, if its threads (1536 on a
+// GB10) allow it; float32 streams would spill.
+#if PUBLISHED && 2 * (THREADS + 32) <= 1536 && !defined(DSV4_EMULATED)
 #define SITE_BOUNDS SITE_THREADS, 2
 #else
 #define SITE_BOUNDS SITE_THREADS
 #endif
+// Wide rows of float32 leave no registers for what is asked for early.
+#define AHEAD (PUBLISHED || D <= 4096)
 // Turns in which a block has eight columns a thread, and whether those are columns of a row.
 #define EACH_OF(threads) ((D / 8 + (threads) - 1) / (threads))
 #define IS_COLUMN(threads, column) (D % (8 * (threads)) == 0 || (column) < D)
@@ -284,7 +287,7 @@ DEVICE void collapse_rows(const HcSiteArgs& a, u32 first, u32 rows, const SiteWe
         float part[GROUP];
 #pragma unroll
         for (u32 s = 0; s < GROUP; s++) part[s] = r < rows && group * GROUP + s < SPLITS ? from[s * VALUES] : 0.0f;
-        if (i == t && t < THREADS) ask_streams<THREADS>(a.h + row * M * D, h);
+        if (AHEAD && i == t && t < THREADS) ask_streams<THREADS>(a.h + row * M * D, h);
         float sum = part[0];
 #pragma unroll
         for (u32 s = 1; s < GROUP; s++) sum += part[s];
@@ -319,8 +322,9 @@ DEVICE void collapse_rows(const HcSiteArgs& a, u32 first, u32 rows, const SiteWe
         float own = sigmoid(mixed(groups[r], w, a.eps)) + a.hc_eps, pre[M], x[EACH][8];
 #pragma unroll
         for (int j = 0; j < M; j++) pre[j] = shuffle(own, j);
+        if (!AHEAD) ask_streams<THREADS>(a.h + (row + r) * M * D, h);
         float part = warp_sum(collapsed(h, pre, x));
-        if (r + 1 < rows) ask_streams<THREADS>(a.h + (row + r + 1) * M * D, h);
+        if (AHEAD && r + 1 < rows) ask_streams<THREADS>(a.h + (row + r + 1) * M * D, h);
         // Two sets in turn: no warp is two rows ahead of another.
         if (lane == 0) squares[r % 2][warp_id()] = part;
         sync_first<THREADS>();
@@ -499,22 +503,22 @@ KERNEL(hc_finish, HcFinishArgs, FINISH_THREADS) {
     finished_streams(a, item / (D / 8), (u32)(item % (D / 8)) * 8, h);
 }
 
-KERNEL(hc_head, HcHeadArgs, THREADS) {
-    constexpr int EACH = EACH_OF(THREADS), WARPS = THREADS / LANES;
+KERNEL(hc_head, HcHeadArgs, HEAD_THREADS) {
+    constexpr int EACH = EACH_OF(HEAD_THREADS), WARPS = HEAD_THREADS / LANES;
     SHARED float sums[M + 1][WARPS];
     SHARED float scratch[WARPS];
     u64 i = blockIdx.x;
     if (i == 0)
-        for (u32 at = threadIdx.x * 32; at < M * M * D; at += THREADS * 32) prefetch_l2(a.w + at);
+        for (u32 at = threadIdx.x * 32; at < M * M * D; at += HEAD_THREADS * 32) prefetch_l2(a.w + at);
     float norm[EACH][8], own[M + 1] = {};
-    load_norm<THREADS>(a.norm, norm);
+    if (AHEAD) load_norm<HEAD_THREADS>(a.norm, norm);
     wait_for_previous();
     Eight h[EACH][M];
-    ask_streams<THREADS>(a.h + (u64)a.wanted[i] * M * D, h);
+    ask_streams<HEAD_THREADS>(a.h + (u64)a.wanted[i] * M * D, h);
 #pragma unroll
     for (int n = 0; n < EACH; n++) {
-        u32 column = (threadIdx.x + n * THREADS) * 8;
-        if (!IS_COLUMN(THREADS, column)) continue;
+        u32 column = (threadIdx.x + n * HEAD_THREADS) * 8;
+        if (!IS_COLUMN(HEAD_THREADS, column)) continue;
 #pragma unroll
         for (int j = 0; j < M; j++) {
             float v[8];
@@ -545,6 +549,7 @@ KERNEL(hc_head, HcHeadArgs, THREADS) {
     float r = rsqrtf(own[M] / (M * D) + a.eps), pre[M], x[EACH][8];
 #pragma unroll
     for (int j = 0; j < M; j++) pre[j] = sigmoid(own[j] * r * a.scale[0] + a.base[j]) + a.hc_eps;
-    float squares = block_sum<THREADS>(collapsed(h, pre, x), scratch);
-    store_normed<THREADS>(x, norm, squares, a.eps, a.x + i * D);
+    float squares = block_sum<HEAD_THREADS>(collapsed(h, pre, x), scratch);
+    if (!AHEAD) load_norm<HEAD_THREADS>(a.norm, norm);
+    store_normed<HEAD_THREADS>(x, norm, squares, a.eps, a.x + i * D);
 }

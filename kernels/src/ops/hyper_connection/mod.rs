@@ -50,10 +50,11 @@ const FEW: u32 = 8;
 const TILE_ROWS: u32 = 64;
 const TILED_THREADS: u32 = 128;
 const FINISH_THREADS: u32 = 256;
-/// Threads that collapse a row.
-const THREADS: u32 = 512;
-/// And one warp for what only the end of the sublayer needs.
-const SITE_THREADS: u32 = THREADS + 32;
+const HEAD_THREADS: u32 = 512;
+/// Threads that collapse a row, at least and at most, and what they come in: a block adds up its warps in fours.
+const THREADS_MIN: u32 = 512;
+const THREADS_MAX: u32 = 896;
+const THREADS_STEP: u32 = 128;
 /// Columns that a thread handles at once.
 const VECTOR: u32 = 8;
 
@@ -90,6 +91,16 @@ impl HcShape {
     /// Dot products with the mixing matrix.
     fn outputs(self) -> u32 {
         (2 + self.streams) * self.streams
+    }
+
+    /// Threads that collapse a row: each has eight columns, where that many fit a block.
+    fn threads(self) -> u32 {
+        self.hidden.div_ceil(VECTOR).next_multiple_of(THREADS_STEP).clamp(THREADS_MIN, THREADS_MAX)
+    }
+
+    /// And one warp for what only the end of the sublayer needs.
+    fn site_threads(self) -> u32 {
+        self.threads() + 32
     }
 
     fn splits(self) -> u32 {
@@ -153,11 +164,12 @@ pub fn unit(shape: HcShape, numerics: Numerics) -> Unit {
             define("FINISH_THREADS", FINISH_THREADS),
             define("FUSED", FUSED_ROWS_MAX),
             define("GROUP", GROUP),
+            define("HEAD_THREADS", HEAD_THREADS),
             define("M", shape.streams),
             published(numerics),
             define("SINKHORN", shape.sinkhorn_iters),
             define("SPLIT", SPLIT),
-            define("THREADS", THREADS),
+            define("THREADS", shape.threads()),
             define("TILE_ROWS", TILE_ROWS),
         ],
         kernels: ["hc_site", "hc_tiled", "hc_collapse", "hc_finish", "hc_head"].map(|k| (k.into(), 0)).into(),
@@ -177,8 +189,9 @@ fn launch_slice(gpu: &dyn Gpu, kernels: &HcKernels, way: Way, args: HcSiteArgs) 
     assert!(way != Way::Fused || args.arrivals.0 != 0, "blocks that count one another in need a counter");
     let arrivals = if way == Way::Fused { args.arrivals } else { Out::none() };
     let args = HcSiteArgs { arrivals, ..args };
+    let site_threads = kernels.shape.site_threads();
     let (kernel, threads, rows) = match way {
-        Way::Fused | Way::Few => (kernels.site, SITE_THREADS, FEW),
+        Way::Fused | Way::Few => (kernels.site, site_threads, FEW),
         Way::Tiled => (kernels.tiled, TILED_THREADS, TILE_ROWS),
     };
     let grid = [kernels.shape.splits(), args.rows.div_ceil(rows), 1];
@@ -186,7 +199,7 @@ fn launch_slice(gpu: &dyn Gpu, kernels: &HcKernels, way: Way, args: HcSiteArgs) 
     if way == Way::Fused {
         return Ok(());
     }
-    gpu.launch(kernels.collapse, Launch::row(args.rows, SITE_THREADS), args.bytes().as_slice())
+    gpu.launch(kernels.collapse, Launch::row(args.rows, site_threads), args.bytes().as_slice())
 }
 
 /// Adds the last sublayer to `args.rows` rows.
@@ -198,5 +211,5 @@ pub fn launch_finish(gpu: &dyn Gpu, kernels: &HcKernels, args: HcFinishArgs) -> 
 
 /// Collapses `wanted` rows for the head.
 pub fn launch_head(gpu: &dyn Gpu, kernels: &HcKernels, wanted: u32, args: HcHeadArgs) -> Result<(), DeviceError> {
-    gpu.launch(kernels.head, Launch::row(wanted, THREADS), args.bytes().as_slice())
+    gpu.launch(kernels.head, Launch::row(wanted, HEAD_THREADS), args.bytes().as_slice())
 }

@@ -279,8 +279,8 @@ fn check_site(bench: &Bench, kernels: &HcKernels, numerics: Numerics, case: &Cas
 fn a_site_is_the_reference() {
     for numerics in [Numerics::Float, Numerics::Published] {
         let Some(mut bench) = Bench::new(numerics) else { return };
-        // Of nano and tiny, with a ragged group of splits, of Flash.
-        for (hidden, rows) in [(256, 1), (256, 19), (320, 3), (4096, 1), (4096, 4), (4096, 9)] {
+        // Of nano and tiny, with a ragged group of splits, of Flash, of Pro.
+        for (hidden, rows) in [(256, 1), (256, 19), (320, 3), (4096, 1), (4096, 4), (4096, 9), (7168, 3)] {
             let kernels = kernels(&bench, shape(hidden, STREAMS), numerics);
             let dones = [
                 Done::Nothing,
@@ -328,7 +328,7 @@ fn all_ways_give_the_same_bits() {
     for numerics in [Numerics::Float, Numerics::Published] {
         let Some(mut bench) = Bench::new(numerics) else { return };
         // More than one tile, the last one ragged; whole and ragged groups of splits.
-        for (hidden, rows) in [(320, 131), (4096, 70)] {
+        for (hidden, rows) in [(320, 131), (4096, 70), (7168, 34)] {
             let kernels = kernels(&bench, shape(hidden, STREAMS), numerics);
             let done = Done::Parts(bench.noise(2 * rows * hidden), 2);
             let case = Case::new(&mut bench, hidden, rows, done);
@@ -336,7 +336,7 @@ fn all_ways_give_the_same_bits() {
             assert_eq!(few.h, case.finished(&bench));
             assert!(few == case.run_in(&bench, &kernels, Way::Tiled), "tiled {hidden} {numerics:?}");
             // As many as a decode step has, from anywhere.
-            let (mut first, counts) = (0, if hidden == 4096 { 1..=5 } else { 1..=16 });
+            let (mut first, counts) = (0, if hidden >= 4096 { 1..=5 } else { 1..=16 });
             for count in counts {
                 first = if first + count > rows { 0 } else { first };
                 let some = first..first + count;
@@ -419,7 +419,7 @@ fn finish_adds_the_last_sublayer() {
 fn the_head_is_the_reference() {
     for numerics in [Numerics::Float, Numerics::Published] {
         let Some(mut bench) = Bench::new(numerics) else { return };
-        for hidden in [256, 320, 4096] {
+        for hidden in [256, 320, 4096, 7168] {
             let kernels = kernels(&bench, shape(hidden, STREAMS), numerics);
             let case = Case::new(&mut bench, hidden, 5, Done::Nothing);
             let w = &case.w[..STREAMS * STREAMS * hidden];

@@ -132,8 +132,10 @@ fn at_once(experts: Experts, rows: u32, numerics: Numerics) -> u32 {
 pub fn unit(experts: Experts, rows: u32, point: MoePoint, numerics: Numerics) -> Unit {
     assert!(matches!(rows, 1 | 2 | 4 | 8), "moe of {rows} rows");
     assert!(experts.are_possible(), "moe of {experts:?}");
-    // Float32 sums need more registers than 64 (NVRTC 13.0.88, sm_90a: 16 of them would be spilled).
+    // Float32 sums need more registers than 64 (NVRTC 13.0.88, sm_90a: 16 of them would be spilled), as do two rows wider
+    // than Flash's (sm_121a: 3).
     let blocks = match numerics {
+        Numerics::Published if rows == 2 && experts.hidden > 4096 => (24 / point.warps).max(1),
         Numerics::Published => resident(point.warps, point.depth_of(rows), rows),
         Numerics::Float => (24 / point.warps).max(1),
     };
