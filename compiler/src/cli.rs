@@ -21,6 +21,7 @@ use dsv4c::plan::forecast::{Forecast, ForecastOptions};
 use dsv4c::push::{self, PushOptions, Ranks, ReceiveOptions, Receiver, Token};
 use dsv4c::sign::{Verifier, keygen, sign};
 use dsv4c::synth::{Layers, SynthOptions, synth};
+use dsv4c::tune::{TuneArgs, tune};
 use serde_json::{Value, json};
 
 use crate::bar::Bar;
@@ -113,6 +114,11 @@ enum Verb {
     Push(PushArgs),
     /// Waits for one `dsv4c push` and writes what it sends; a rank may join the same artifact later.
     Receive(ReceiveArgs),
+    /// Chooses among equal kernels: measures them on this machine's GPU, or estimates for one that is elsewhere.
+    ///
+    /// Points are compiled, checked against one another, timed with weights that come from memory, and the best become
+    /// a table. `--predict` and `--validate` need neither GPU nor compiler.
+    Tune(TuneArgs),
 }
 
 #[derive(Args)]
@@ -427,6 +433,14 @@ pub fn run() -> Result<(), CompileError> {
             tell(&format!("waiting at {}", receiver.address()?));
             let received = receiver.accept(&bar, &tell)?;
             print(args.json, || received.to_json(), || received.to_text())?;
+        }
+        Verb::Tune(args) => {
+            let report = tune(&args, &|line| {
+                if !cli.quiet {
+                    tell(line)
+                }
+            })?;
+            print(args.json, || report.to_json(), || report.to_text())?;
         }
     }
     Ok(())

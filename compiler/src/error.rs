@@ -78,7 +78,7 @@ pub enum CompileError {
     /// An artifact whose weights other kernels than this program's were made for.
     #[error("{path}: the weights' contract is {found}, expected {expected}\n  help: they are laid out for another version of this program: use that one, or pack the checkpoint again", path = .path.display())]
     OtherWeights { path: PathBuf, expected: String, found: String },
-    /// A tuning table that cannot be used.
+    /// A tuning table that cannot be used, or measurements for one.
     #[error("{file}: {source}", file = .file.display())]
     Tuning { file: PathBuf, source: dsv4_kernels::tuning::TuningError },
     /// A model that there are no kernels for.
@@ -115,6 +115,9 @@ pub enum CompileError {
         "{peer}: expected it to go on, found that it refuses: {reason}\n  help: the reason is of the other machine; what to do is to be done there"
     )]
     Refused { peer: String, reason: String },
+    /// The GPU, its driver or its memory.
+    #[error(transparent)]
+    Device(#[from] dsv4_kernels::device::DeviceError),
     /// A request that cannot be meant.
     #[error("{what}: expected {expected}, found {found}\n  help: {help}")]
     Usage { what: &'static str, expected: String, found: String, help: &'static str },
@@ -129,6 +132,7 @@ impl CompileError {
                 FormatError::Kept { source, .. } => format_exit_code(source),
                 error => format_exit_code(error),
             },
+            CompileError::Device(_) => 4,
             CompileError::Network { .. } | CompileError::Peer { .. } | CompileError::Refused { .. } => 5,
             _ => 3,
         }

@@ -45,6 +45,8 @@ fn ratio_index(ratio: u32) -> usize {
 
 /// All kernels of a rank, loaded.
 pub struct Kernels {
+    /// By what they were compiled, and how they are launched.
+    pub tuning: Tuning,
     /// embed, expand, settle, draft_add.
     pub embedding: [Kernel; 4],
     /// Of the model's width; only drafts need it.
@@ -112,16 +114,16 @@ impl Kernels {
         let [site, tiled, collapse, finish, head] = take(load(&hc::unit(hc_shape, numerics))?);
         let sizes = (s.hidden as usize, s.experts as usize, s.chosen as usize);
         let router = take(load(&router::unit(sizes.0, sizes.1, sizes.2, numerics))?);
-        let point = tuning.gemv;
         let mut gemvs = Vec::new();
         for rows in ROWS {
+            let point = tuning.gemv(rows);
             let [kernel] = take(load(&gemv::unit(rows, point, numerics))?);
             gemvs.push(Gemv { kernel, rows, point, numerics });
         }
         let experts = Experts { hidden: s.hidden, inner: s.inner, chosen: s.chosen };
-        let point = tuning.moe;
         let mut moe = Vec::new();
-        for rows in ROWS.into_iter().filter(|rows| point.legal(experts, *rows, numerics)) {
+        for rows in ROWS.into_iter().filter(|rows| tuning.moe(experts, *rows).legal(experts, *rows, numerics)) {
+            let point = tuning.moe(experts, rows);
             let [up, down] = take(load(&decode::unit(experts, rows, point, numerics))?);
             moe.push(MoeDecode { up, down, experts, rows, point, numerics });
         }
@@ -140,6 +142,7 @@ impl Kernels {
             index = Some(Indexer { score, queries, score_long, select });
         }
         Ok(Kernels {
+            tuning: tuning.clone(),
             embedding,
             hidden_norm,
             hc: HcKernels { shape: hc_shape, site, tiled, collapse, finish, head },
@@ -195,16 +198,16 @@ impl Long {
     }
 
     fn walk<E>(s: &Shape, tuning: &Tuning, load: &mut impl FnMut(&Unit) -> Result<Vec<Kernel>, E>) -> Result<Long, E> {
-        let [fp8, fake_quant] = take(load(&gemm::unit(Format::Fp8, tuning.gemm_fp8))?);
-        let [bf16] = take(load(&gemm::unit(Format::Bf16, tuning.gemm_bf16))?);
-        let (sizes, point) = (s.moe_sizes(), tuning.experts);
+        let [fp8, fake_quant] = take(load(&gemm::unit(Format::Fp8, tuning.gemm(Format::Fp8)))?);
+        let [bf16] = take(load(&gemm::unit(Format::Bf16, tuning.gemm(Format::Bf16)))?);
+        let (sizes, point) = (s.moe_sizes(), tuning.experts(s.moe_sizes()));
         let unit = prefill::unit(sizes, point);
         let loaded = load(&unit)?;
         let kernel = |name: &str| {
             let at = unit.kernels.iter().position(|(k, _)| k == name).unwrap_or_else(|| panic!("no kernel {name}"));
             loaded[at]
         };
-        let (fp8, bf16) = ((fp8, tuning.gemm_fp8), (bf16, tuning.gemm_bf16));
+        let (fp8, bf16) = ((fp8, tuning.gemm(Format::Fp8)), (bf16, tuning.gemm(Format::Bf16)));
         let experts = Prefill::new(sizes, point, kernel);
         let native = match tuning.arch == native::ARCH && native_moe::legal(native_moe::point_for(point)) {
             true => Some(NativeLong::walk(sizes, tuning, load)?),
@@ -220,7 +223,7 @@ impl NativeLong {
         tuning: &Tuning,
         load: &mut impl FnMut(&Unit) -> Result<Vec<Kernel>, E>,
     ) -> Result<NativeLong, E> {
-        let (dense, experts) = (NativePoint::DEFAULT, native_moe::point_for(tuning.experts));
+        let (dense, experts) = (NativePoint::DEFAULT, native_moe::point_for(tuning.experts(sizes)));
         Ok(NativeLong {
             dense: Native::new(dense, take(load(&native::unit(dense))?)),
             experts: NativeExperts::new(sizes, experts, take(load(&native_moe::unit(sizes, experts))?)),

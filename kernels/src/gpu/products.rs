@@ -80,7 +80,9 @@ impl GpuBackend {
     pub(super) fn multiply_streamed(&self, rows: u32, products: &[Product]) -> Result<(), DeviceError> {
         for products in products.chunks(SEGMENTS_MAX) {
             let segments: Vec<Segment> = products.iter().map(|p| self.segment(p)).collect();
-            self.gemv(rows, products).launch(&self.stream, rows, &segments)?;
+            let kernel = self.gemv(rows, products);
+            let point = self.kernels.tuning.gemv_for(kernel.rows, &segments);
+            Gemv { point, ..*kernel }.launch(&self.stream, rows, &segments)?;
         }
         Ok(())
     }

@@ -123,18 +123,18 @@ impl Shape {
         )?;
         let experts = Experts { hidden: s.hidden, inner: s.inner, chosen: s.chosen };
         require(
-            experts.are_possible() && tuning.moe.legal(experts, 1, numerics),
+            experts.are_possible() && tuning.moe(experts, 1).legal(experts, 1, numerics),
             "hidden_size, moe_intermediate_size, num_experts_per_tok, moe",
             "a rank's experts of a multiple of 64, a row of which fits a block",
-            &(experts, tuning.moe),
+            &(experts, tuning.moe(experts, 1)),
         )?;
         let widest = s.hidden.max(s.q_rank).max(s.groups * s.o_rank).max(s.heads * s.head_dim / s.groups.max(1));
         let formats = [Format::F32, Format::Bf16, Format::Fp8];
         require(
-            formats.into_iter().all(|format| Gemv::fits(1, tuning.gemv, numerics, format, widest)),
+            formats.into_iter().all(|format| Gemv::fits(1, tuning.gemv(1), numerics, format, widest)),
             "hidden_size, o_groups, o_lora_rank, head_dim, gemv",
             "rows of activations of which one fits a block",
-            &(widest, tuning.gemv),
+            &(widest, tuning.gemv(1)),
         )
     }
 

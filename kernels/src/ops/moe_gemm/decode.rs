@@ -114,13 +114,13 @@ impl MoePoint {
     }
 
     /// Steps of a warp on their way, beside `rows` rows of activations.
-    fn depth_of(&self, rows: u32) -> u32 {
+    pub(crate) fn depth_of(&self, rows: u32) -> u32 {
         if rows > 2 { 1 } else { self.depth }
     }
 }
 
 /// Rows whose experts a `moe_down` block reads once, and pairs that share a `moe_up` block.
-fn at_once(experts: Experts, rows: u32, numerics: Numerics) -> u32 {
+pub(crate) fn at_once(experts: Experts, rows: u32, numerics: Numerics) -> u32 {
     match numerics {
         // A warp looks for equal experts: a pair of row and slot is a lane's.
         Numerics::Published => rows.min(4).min(32 / experts.chosen).max(1),
