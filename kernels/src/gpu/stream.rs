@@ -1,8 +1,8 @@
 //! The launches of a step: counted, recorded the first time a step of its kind runs, replayed afterwards.
 //!
 //! Everything that kernels read of a step comes from device memory, so a recording serves every step with the same
-//! [`Key`]. While a recording is replayed, launches do nothing: the operations run through as always, and the whole
-//! graph is launched where the step ends.
+//! [`Key`]. The graph is launched where the step begins; while the GPU works, the operations run through as always, and
+//! their launches do nothing.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -40,7 +40,7 @@ pub struct StepStats {
 enum Mode {
     Eager,
     Recording(Key),
-    Replaying(Graph),
+    Replaying,
 }
 
 /// A GPU whose launches may be recorded.
@@ -73,14 +73,15 @@ impl Stream {
         &self.gpu
     }
 
-    /// Begins a step; with a key it is replayed, or recorded where that is possible.
+    /// Begins a step, all of whose inputs are on their way; with a key it is replayed, or recorded where that is possible.
     pub fn begin(&mut self, key: Option<Key>) -> Result<(), DeviceError> {
         self.discard()?;
         self.replayed = false;
         self.launches = AtomicU32::new(0);
         let Some(key) = key else { return Ok(()) };
         if let Some((graph, launches)) = self.graphs.get(&(key, self.gpu.overlaps())) {
-            self.mode = Mode::Replaying(*graph);
+            self.gpu.replay(*graph)?;
+            self.mode = Mode::Replaying;
             self.muted = AtomicBool::new(true);
             self.launches = AtomicU32::new(*launches);
             self.replayed = true;
@@ -90,12 +91,15 @@ impl Stream {
         Ok(())
     }
 
-    /// Launches what was recorded, or is replayed; launches are eager from here on. With `keep` the recording is
+    /// Launches what was recorded; launches are eager from here on. With `keep` the recording is
     /// the whole step and serves later ones.
     pub fn end(&mut self, keep: bool) -> Result<(), DeviceError> {
         let graph = match std::mem::replace(&mut self.mode, Mode::Eager) {
             Mode::Eager => return Ok(()),
-            Mode::Replaying(graph) => graph,
+            Mode::Replaying => {
+                self.muted = AtomicBool::new(false);
+                return Ok(());
+            }
             Mode::Recording(key) => {
                 let graph = self.gpu.end_capture()?;
                 if !keep {
@@ -109,7 +113,6 @@ impl Stream {
                 graph
             }
         };
-        self.muted = AtomicBool::new(false);
         self.gpu.replay(graph)
     }
 
@@ -118,7 +121,7 @@ impl Stream {
         self.muted = AtomicBool::new(false);
         match std::mem::replace(&mut self.mode, Mode::Eager) {
             Mode::Recording(_) => self.gpu.abort_capture(),
-            Mode::Eager | Mode::Replaying(_) => Ok(()),
+            Mode::Eager | Mode::Replaying => Ok(()),
         }
     }
 
