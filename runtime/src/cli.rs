@@ -1,6 +1,6 @@
 //! Arguments of `dsv4-run`.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -13,12 +13,15 @@ use dsv4_kernels::numerics::Numerics;
 pub struct Cli {
     /// The artifact directory (NAME.dsv4); every command but doctor needs it
     pub artifact: Option<PathBuf>,
+    /// Without one the artifact is served
     #[command(subcommand)]
-    pub verb: Verb,
+    pub verb: Option<Verb>,
 }
 
 #[derive(Subcommand, Debug)]
 pub enum Verb {
+    /// Serves the artifact over HTTP: OpenAI's and Anthropic's APIs, and a page
+    Serve(ServeArgs),
     /// Answers one prompt or conversation
     Generate(GenerateArgs),
     /// Talks in the terminal
@@ -159,6 +162,46 @@ pub struct AnswerArgs {
     /// Most tokens to draft per step; never changes the answer
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=15))]
     pub draft: u16,
+}
+
+#[derive(Args, Debug)]
+pub struct ServeArgs {
+    /// Address to listen at; one that other machines reach needs --api-key-file
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: IpAddr,
+    /// Port to listen at; 0 takes a free one, and says which
+    #[arg(long, default_value_t = 8000)]
+    pub port: u16,
+    /// File with the keys that clients may use, one a line
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Web pages of this origin may ask, e.g. https://chat.example; several times
+    #[arg(long, value_name = "ORIGIN")]
+    pub cors_origin: Vec<String>,
+    /// Name of the model for clients [default: the artifact's]
+    #[arg(long)]
+    pub model_name: Option<String>,
+    /// Sequences that are computed at once; caches are reserved for all of them
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub max_seqs: u16,
+    /// Requests that may wait; more are refused (429)
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub max_queue: u32,
+    /// Bytes of a request's body, with an optional K, M or G
+    #[arg(long, value_name = "BYTES", value_parser = bytes, default_value = "64M")]
+    pub max_body: u64,
+    /// Longest that an answer may take, waiting included, seconds [default: as long as it takes]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub answer_within: Option<u64>,
+    /// How long a running stream may wait for somebody's prompt, milliseconds
+    #[arg(long, default_value_t = 250, value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    pub decode_bound_ms: u32,
+    /// Most tokens to draft per step; fewer are where they do not pay. Never changes an answer
+    /// [default: 3 on a GPU with a model that drafts, else 0]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(0..=15))]
+    pub draft: Option<u16>,
+    #[command(flatten)]
+    pub common: Common,
 }
 
 #[derive(Args, Debug)]

@@ -15,6 +15,7 @@ use dsv4_model::ModelError;
 use crate::chat::ChatError;
 use crate::ranks::PeerError;
 use crate::ranks::wire::WireError;
+use crate::server::ServerError;
 use crate::tokenizer::TokenizerError;
 
 /// Errors of `dsv4-run`.
@@ -98,6 +99,9 @@ pub enum RunError {
         /// What would fit.
         help: String,
     },
+    /// The HTTP server.
+    #[error(transparent)]
+    Server(#[from] ServerError),
     /// Preflight found what refuses a start.
     #[error("{place}: refused by {refusals}\n  help: {help}")]
     Preflight {
@@ -151,6 +155,8 @@ impl RunError {
     pub fn exit_code(&self) -> u8 {
         match self {
             RunError::Usage(_) => 2,
+            RunError::Server(ServerError::NoKey { .. } | ServerError::Origin { .. }) => 2,
+            RunError::Server(ServerError::Bind { .. } | ServerError::Serve { .. }) => 4,
             RunError::Preflight { code, .. } => *code,
             // The artifact's kernels are not this program's: no fault of the device.
             RunError::Device(DeviceError::NoKernel { .. })

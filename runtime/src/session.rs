@@ -29,6 +29,8 @@ use crate::terminal::tell;
 const LOAD_WITHIN: Duration = Duration::from_secs(3600);
 /// How long a local rank may take to end after the last command.
 const END_WITHIN: Duration = Duration::from_secs(5);
+/// Most sequences at once.
+pub const SEQUENCES_MAX: u32 = 256;
 
 /// Where the ranks are.
 #[derive(Clone, Debug)]
@@ -50,6 +52,8 @@ pub struct Settings {
     pub compute: Compute,
     /// Tokens of the longest sequence. A GPU reserves its caches for it; rank 0's holds for all ranks.
     pub context: usize,
+    /// Sequences at once; rank 0's number holds for all ranks.
+    pub sequences: usize,
     /// Activation arithmetic.
     pub numerics: Numerics,
     /// Rows of a prefill step.
@@ -135,7 +139,7 @@ pub fn start(opened: Opened, settings: &Settings, progress: &dyn Progress) -> Re
         Some(Mesh { collective, control }) => (Some(collective), Some(control)),
     };
     let rank = match &settings.compute {
-        Compute::Cpu => load_cpu(&opened, settings, &mut collective, progress),
+        Compute::Cpu => load_cpu(&opened, settings, &mut collective, &mut control, progress),
         Compute::Gpu(device) => load_gpu(&opened, settings, device, &mut collective, &mut control, progress),
     };
     let rank = rank.map_err(|error| explain(&mut locals, error))?;
@@ -166,13 +170,16 @@ fn load_cpu(
     opened: &Opened,
     settings: &Settings,
     collective: &mut Option<TcpCollective>,
+    control: &mut Option<Control>,
     progress: &dyn Progress,
 ) -> Result<Rank, RunError> {
     let rank = rank_of(collective);
+    let setup = agree(opened, settings, rank, control)?;
     let (arena, report) = load_watched(&opened.artifact, rank, &load_options(settings), progress)?;
     tell_loaded(settings, rank, &report);
     meet(collective)?;
-    let options = RankOptions { numerics: settings.numerics, slots: 1, rows_max: rows_max(settings) };
+    let options =
+        RankOptions { numerics: settings.numerics, slots: setup.sequences as usize, rows_max: rows_max(settings) };
     Ok(opened.backend(arena, boxed(collective.take()), options)?.into())
 }
 
@@ -185,11 +192,13 @@ fn load_gpu(
     progress: &dyn Progress,
 ) -> Result<Rank, RunError> {
     let rank = rank_of(collective);
-    let context = agree(opened, settings, rank, control)?;
+    let setup = agree(opened, settings, rank, control)?;
     if !settings.quiet {
         tell(&settings.compute.line(rank, &opened.artifact));
     }
-    let options = GpuOptions { slots: 1, context, rows_max: rows_max(settings) as u32, solo: false, graphs: true };
+    let Setup { context, sequences } = setup;
+    let rows_max = rows_max(settings) as u32;
+    let options = GpuOptions { slots: sequences, context, rows_max, solo: false, graphs: true };
     let mut ready = Ready::new(opened, device.gpu.clone(), rank, settings.numerics, options)?;
     if !settings.quiet {
         tell(&ready.verdicts());
@@ -208,28 +217,29 @@ fn load_gpu(
     Ok(loaded.backend(boxed(collective.take())).into())
 }
 
-/// The context that all ranks reserve: rank 0 knows what it will ask for. On a machine of its own a rank sees
+/// For what all ranks reserve caches: rank 0 knows what it will ask for. On a machine of its own a rank sees
 /// only now whether that fits.
-fn agree(opened: &Opened, settings: &Settings, rank: u32, control: &mut Option<Control>) -> Result<u32, RunError> {
-    let own = u32::try_from(settings.context).unwrap_or(u32::MAX);
-    let context = match control {
+fn agree(opened: &Opened, settings: &Settings, rank: u32, control: &mut Option<Control>) -> Result<Setup, RunError> {
+    let to_u32 = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let own = Setup { context: to_u32(settings.context), sequences: to_u32(settings.sequences) };
+    let setup = match control {
         None => own,
         Some(Control::Leader(sender)) => {
-            sender.send_control(&Setup { context: own }.encode())?;
+            sender.send_control(&own.encode())?;
             own
         }
         Some(Control::Worker(receiver)) => {
-            let ended = WireError::Short { field: "context", offset: 0, left: 0, needed: 4 };
-            let context = Setup::decode(&receiver.recv_control()?.ok_or(ended)?)?.context;
+            let ended = WireError::Short { field: "context", offset: 0, left: 0, needed: 8 };
+            let Setup { context, sequences } = Setup::decode(&receiver.recv_control()?.ok_or(ended)?)?;
             let model = u32::try_from(opened.config.max_position_embeddings).unwrap_or(u32::MAX);
-            context.min(model)
+            Setup { context: context.min(model), sequences: sequences.clamp(1, SEQUENCES_MAX) }
         }
     };
     if matches!(settings.places, Places::Peers { .. }) && rank > 0 {
         let asked = Asked {
             target: settings.compute.target(),
-            context: context.into(),
-            sequences: 1,
+            context: setup.context.into(),
+            sequences: setup.sequences.into(),
             chunk: settings.chunk as u64,
             threads: settings.threads as u64,
             numerics: settings.numerics,
@@ -238,7 +248,7 @@ fn agree(opened: &Opened, settings: &Settings, rank: u32, control: &mut Option<C
         };
         admit(opened, &[rank], &asked, &settings.compute.host(Path::new("/")))?;
     }
-    Ok(context)
+    Ok(setup)
 }
 
 fn load_options(settings: &Settings) -> LoadOptions<'static> {

@@ -94,6 +94,8 @@ fn decode_step(r: &mut Reader<'_>) -> Result<Step, WireError> {
 pub struct Setup {
     /// Tokens of the longest sequence.
     pub context: u32,
+    /// Sequences at once.
+    pub sequences: u32,
 }
 
 impl Setup {
@@ -101,13 +103,14 @@ impl Setup {
     pub fn encode(self) -> Vec<u8> {
         let mut w = Writer::new();
         w.u32(self.context);
+        w.u32(self.sequences);
         w.into_bytes()
     }
 
     /// From bytes. Errors: they are none.
     pub fn decode(bytes: &[u8]) -> Result<Setup, WireError> {
         let mut r = Reader::new(bytes);
-        let setup = Setup { context: r.u32("context")? };
+        let setup = Setup { context: r.u32("context")?, sequences: r.u32("sequences")? };
         r.finish()?;
         Ok(setup)
     }
@@ -327,7 +330,7 @@ mod tests {
             }
         }
         assert!(Command::decode(&[9, 0, 0, 0, 0]).is_err());
-        let setup = Setup { context: 77_000 };
+        let setup = Setup { context: 77_000, sequences: 8 };
         assert_eq!(Setup::decode(&setup.encode()).unwrap(), setup);
         assert!(Setup::decode(&[1, 2, 3]).is_err());
     }

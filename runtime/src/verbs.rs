@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
+use clap::Parser;
 use dsv4_format::NoProgress;
 use dsv4_kernels::ops::Mat;
 use dsv4_model::{Draft, Tp};
@@ -23,6 +24,7 @@ use crate::load::{Opened, open, run_load};
 use crate::preflight::command::{admit_start, run_check, run_doctor};
 use crate::progress::Bar;
 use crate::sample::Sampling;
+use crate::serve::serve;
 use crate::session::{Places, Session, Settings, Started, read_input, start};
 use crate::stall;
 use crate::step::Command;
@@ -41,7 +43,13 @@ pub fn run(cli: Cli) -> Result<(), RunError> {
             RunError::Usage(format!("ARTIFACT is missing\n  help: {help}"))
         })
     };
-    match &cli.verb {
+    let Some(verb) = &cli.verb else {
+        // As all options of `serve` are when nothing is said.
+        let Some(Verb::Serve(args)) = Cli::parse_from(["dsv4-run", "serve"]).verb else { return Ok(()) };
+        return serve(artifact()?, &args);
+    };
+    match verb {
+        Verb::Serve(args) => serve(artifact()?, args),
         Verb::Generate(args) => generate(artifact()?, args),
         Verb::Chat(args) => chat(artifact()?, args),
         Verb::Logits(args) => logits(artifact()?, args),
@@ -54,11 +62,11 @@ pub fn run(cli: Cli) -> Result<(), RunError> {
 }
 
 /// An artifact, and what computes.
-struct Chosen {
-    opened: Opened,
-    compute: Compute,
+pub(crate) struct Chosen {
+    pub opened: Opened,
+    pub compute: Compute,
     /// Rows of a prefill step.
-    chunk: usize,
+    pub chunk: usize,
 }
 
 impl Chosen {
@@ -82,26 +90,43 @@ impl Chosen {
         Ok(Chosen { opened, compute, chunk })
     }
 
-    /// Refuses a sequence of `tokens` tokens that does not fit into memory; else they are the session's context.
-    fn admit(&self, common: &Common, tokens: usize, all_logits: bool) -> Result<usize, RunError> {
-        admit_start(&self.opened, common, &self.compute, tokens, all_logits).map(|()| tokens)
+    /// Refuses a sequence of `tokens` tokens that does not fit into memory; else it is what the session is for.
+    fn admit(&self, common: &Common, tokens: usize, all_logits: bool) -> Result<Sequences, RunError> {
+        let sequences = Sequences { tokens, count: 1 };
+        self.admit_all(common, sequences, all_logits)
+    }
+
+    /// The same of several at once.
+    pub fn admit_all(&self, common: &Common, sequences: Sequences, all_logits: bool) -> Result<Sequences, RunError> {
+        let Sequences { tokens, count } = sequences;
+        admit_start(&self.opened, common, &self.compute, tokens, count, all_logits).map(|()| sequences)
     }
 }
 
-/// Starts the ranks for sequences of `context` tokens. `None` after this process has served as a rank other than 0.
+/// What caches are reserved for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sequences {
+    /// Of the longest.
+    pub tokens: usize,
+    /// At once.
+    pub count: usize,
+}
+
+/// Starts the ranks for `sequences`. `None` after this process has served as a rank other than 0.
 fn begin(
     chosen: Chosen,
     artifact: &Path,
     common: &Common,
     places: Places,
-    context: usize,
+    sequences: Sequences,
 ) -> Result<Option<Box<Session>>, RunError> {
     let Chosen { opened, compute, chunk } = chosen;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let settings = Settings {
         artifact: artifact.to_owned(),
         compute,
-        context,
+        context: sequences.tokens,
+        sequences: sequences.count,
         numerics: common.numerics.into(),
         chunk,
         threads: common.threads.map_or(cores, usize::from),
@@ -141,19 +166,26 @@ fn worker(artifact: &Path, args: &WorkerArgs) -> Result<(), RunError> {
         (_, _, Some(1..)) => places(&args.common),
         _ => {
             let what = "worker: expected --rank R (1 or more) and --peers with every rank's address";
-            return Err(RunError::Usage(format!("{what}\n  help: rank 0 runs generate, chat or logits")));
+            return Err(RunError::Usage(format!("{what}\n  help: rank 0 runs serve, generate, chat or logits")));
         }
     };
     let local_rank = args.local_rank.unwrap_or(0);
-    begin(Chosen::new(artifact, &args.common, local_rank)?, artifact, &args.common, places, 1).map(|_| ())
+    begin(
+        Chosen::new(artifact, &args.common, local_rank)?,
+        artifact,
+        &args.common,
+        places,
+        Sequences { tokens: 1, count: 1 },
+    )
+    .map(|_| ())
 }
 
 /// Opens the artifact, lets `prepare` refuse what cannot be done, and only then loads weights: runs `f` on
 /// rank 0 and ends all ranks. An error of a rank that ended says more than a lost connection.
-fn with_session<T>(
+pub(crate) fn with_session<T>(
     artifact: &Path,
     common: &Common,
-    prepare: impl FnOnce(&Chosen) -> Result<(T, usize), RunError>,
+    prepare: impl FnOnce(&Chosen) -> Result<(T, Sequences), RunError>,
     f: impl FnOnce(&mut Session, T) -> Result<(), RunError>,
 ) -> Result<(), RunError> {
     let chosen = Chosen::new(artifact, common, 0)?;
@@ -181,7 +213,7 @@ fn with_session<T>(
     }
 }
 
-fn tokenizer(opened: &Opened, verb: &'static str) -> Result<Arc<Tokenizer>, RunError> {
+pub(crate) fn tokenizer(opened: &Opened, verb: &'static str) -> Result<Arc<Tokenizer>, RunError> {
     let artifact = opened.artifact.path().to_owned();
     let json = stall::guard(&artifact, &NoProgress, |_| opened.artifact.meta("tokenizer.json"))?;
     let json = json.ok_or(RunError::NoTokenizer { artifact, verb })?;
@@ -191,7 +223,7 @@ fn tokenizer(opened: &Opened, verb: &'static str) -> Result<Arc<Tokenizer>, RunE
     Ok(Arc::new(tokenizer))
 }
 
-fn context(opened: &Opened, common: &Common) -> Result<usize, RunError> {
+pub(crate) fn context(opened: &Opened, common: &Common) -> Result<usize, RunError> {
     let model = opened.config.max_position_embeddings as usize;
     match common.max_context {
         Some(asked) if asked > model => Err(RunError::Usage(format!(
@@ -215,13 +247,13 @@ fn answer_options(chosen: &Chosen, args: &AnswerArgs, common: &Common) -> Result
         }),
         tokens_max: args.max_tokens.map(|n| n as usize),
         context: context(opened, common)?,
-        sampling: Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed },
+        sampling: Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed, ..Sampling::GREEDY },
         draft: usize::from(args.draft),
         chunk: chosen.chunk,
     })
 }
 
-fn check_draft(opened: &Opened, flag: &'static str) -> Result<(), RunError> {
+pub(crate) fn check_draft(opened: &Opened, flag: &'static str) -> Result<(), RunError> {
     let reason = match opened.config.draft {
         Draft::Mtp => return Ok(()),
         Draft::None => "the artifact has no draft block",

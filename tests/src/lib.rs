@@ -9,6 +9,7 @@ pub mod device;
 pub mod driver;
 pub mod golden;
 pub mod group;
+pub mod http;
 pub mod nano;
 
 /// The directory of the test data.

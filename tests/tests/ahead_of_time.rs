@@ -67,6 +67,7 @@ fn packed_at_once_or_compiled_later_it_is_the_same_artifact() {
     assert_eq!((added.outcome, added.notes.len()), (Outcome::Replaced, 0));
     assert_eq!([identity(0), identity(1)], before, "rank files are the same files");
 
+    same_kernels(&at_once, &later);
     assert_eq!(added.artifact_id, packed.artifact_id);
     let (mut a, mut b) = (files(&at_once), files(&later));
     assert!(a.remove("RECEIPT.json").is_some() && b.remove("RECEIPT.json").is_some());
@@ -90,6 +91,24 @@ fn packed_at_once_or_compiled_later_it_is_the_same_artifact() {
     let again = ["pack", NANO, "--tp", "2", "--arch", "none", "-o", text(&later)];
     run(DSV4C, again).fails(INPUT, &["later.dsv4", "expected none", "those for sm_121a, sm_90a", "dsv4c kernels"]);
     assert_eq!(inspect(&later)["artifact_id"], packed.artifact_id.as_str());
+}
+
+/// Two artifacts' cubins, one by one, so that one that differs has a name.
+fn same_kernels(a: &Path, b: &Path) {
+    let (a, b) = (Artifact::open(a).unwrap(), Artifact::open(b).unwrap());
+    for (x, y) in a.manifest().kernels.iter().zip(&b.manifest().kernels) {
+        assert_eq!((&x.arch, &x.family, x.key), (&y.arch, &y.family, y.key));
+        let (one, other) = (a.kernel(x).unwrap().unwrap(), b.kernel(y).unwrap().unwrap());
+        let differs = one.iter().zip(&other).position(|(p, q)| p != q);
+        let what = format!("{} for {} ({}): {} and {} bytes", x.family, x.arch, x.key, one.len(), other.len());
+        if one != other {
+            let keep = std::env::temp_dir().join("dsv4-cubins-that-differ");
+            fs::create_dir_all(&keep).unwrap();
+            fs::write(keep.join("one"), &one).unwrap();
+            fs::write(keep.join("other"), &other).unwrap();
+        }
+        assert!(one == other, "{what}, from byte {differs:?}");
+    }
 }
 
 /// Fails when weights are read.

@@ -6,7 +6,7 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use dsv4_format::KernelInput;
 use dsv4_kernels::device::DeviceError;
@@ -26,6 +26,7 @@ use dsv4_run::generate::{Generated, Request, generate};
 use dsv4_run::load::open;
 use dsv4_run::progress::Bar;
 use dsv4_run::sample::Sampling;
+use dsv4_run::scheduler::{self, Event, Job, Limits, Options, Policy};
 use dsv4_run::step::Command;
 use dsv4_tests::artifacts::Packed;
 use dsv4_tests::binaries::{DSV4_RUN, run};
@@ -145,7 +146,7 @@ fn drafts_change_nothing() {
     let mut rejected = 0;
     for case in affordable(1).iter().take(8) {
         for seed in if is_real() { 1..9 } else { 1..3 } {
-            let wild = Sampling { temperature: 3.0, top_p: 0.95, seed };
+            let wild = Sampling { temperature: 3.0, top_p: 0.95, seed, ..Sampling::GREEDY };
             let plain = in_chunks(&mut group, &case.prompt_tokens, wild, 0, tokens_max, chunk);
             for draft in if is_real() { 1..4 } else { 2..3 } {
                 let other = in_chunks(&mut group, &case.prompt_tokens, wild, draft, tokens_max, chunk);
@@ -156,6 +157,46 @@ fn drafts_change_nothing() {
     }
     println!("{rejected} drafts rejected");
     assert!(rejected > 0);
+}
+
+/// Through the scheduler, in each other's company and with drafts: the conversations as ever.
+#[test]
+fn scheduled_together_nothing_changes() {
+    if !can_run() {
+        return;
+    }
+    let art = packed("nano", 1);
+    let mut group = Group::on_gpu(art.path(), Numerics::Published, OPTIONS);
+    let cases = affordable(2);
+    let tokens_max = if is_real() { TOKENS_MAX } else { 3 };
+    let limits = Limits { queue: 64, running: OPTIONS.slots as usize, context: OPTIONS.context as usize };
+    let (scheduler, intake) = scheduler::new(limits);
+    let jobs: Vec<_> = cases
+        .iter()
+        .enumerate()
+        .map(|(i, case)| {
+            let (events, receiver) = tokio::sync::mpsc::unbounded_channel();
+            let options = Options { draft: i % 3, ..Options::greedy(tokens_max) };
+            scheduler.submit(Job { prompt: case.prompt_tokens.clone(), options, events }).expect("room");
+            receiver
+        })
+        .collect();
+    scheduler.drain();
+    let policy = Policy { chunk: CHUNK, decode_bound: Duration::from_millis(50), eos: 1 };
+    scheduler::work(&mut group.engine, &intake, policy).unwrap_or_else(|e| panic!("{e}"));
+    for (case, mut events) in cases.iter().zip(jobs) {
+        let mut tokens = Vec::new();
+        while let Some(event) = events.blocking_recv() {
+            match event {
+                Event::Token { token, .. } => tokens.push(token),
+                Event::Failed { reason } => panic!("{reason}"),
+                _ => {}
+            }
+        }
+        let expected = &case.completion_tokens;
+        assert_eq!(tokens, expected[..expected.len().min(tokens_max)], "{}", case.kind);
+    }
+    group.finish();
 }
 
 /// A step of one row for each of some sequences.
@@ -232,7 +273,7 @@ fn repeats_give_one_answer() {
     let art = packed("nano", 1);
     let mut group = Group::on_gpu(art.path(), Numerics::Published, OPTIONS);
     let cases = cases();
-    let hot = Sampling { temperature: 1.0, top_p: 1.0, seed: 5 };
+    let hot = Sampling { temperature: 1.0, top_p: 1.0, seed: 5, ..Sampling::GREEDY };
     let prompt = &cases[0].prompt_tokens;
     let first = answer(&mut group, prompt, hot, 0, TOKENS_MAX).tokens;
     for i in 0..REPEATS {

@@ -125,6 +125,11 @@ impl StreamParser {
         events
     }
 
+    /// What comes next is reasoning, as far as can be said.
+    pub fn in_reasoning(&self) -> bool {
+        self.state == State::Reasoning
+    }
+
     /// After `finish`: the text did not stop inside the reasoning or a call block.
     pub fn is_complete(&self) -> bool {
         match self.state {

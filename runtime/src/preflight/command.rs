@@ -14,7 +14,7 @@ use crate::preflight::checks::Finding;
 use crate::preflight::host::Host;
 use crate::preflight::memory::{Asked, Target};
 use crate::preflight::report::Report;
-use crate::preflight::{admit, check, doctor, ranks_here};
+use crate::preflight::{admit, check, doctor, memory_plan, ranks_here};
 use crate::terminal::print_now;
 
 /// The machine this program runs on.
@@ -46,7 +46,7 @@ fn asked(common: &Common, compute: &Compute, context: usize, ranks: usize) -> As
     }
 }
 
-/// Refuses a start whose sequence of `tokens` tokens does not fit into this machine's memory.
+/// Refuses a start whose `sequences` of `tokens` tokens do not fit into this machine's memory.
 ///
 /// Errors: [`RunError::DoesNotFit`].
 pub fn admit_start(
@@ -54,11 +54,30 @@ pub fn admit_start(
     common: &Common,
     compute: &Compute,
     tokens: usize,
+    sequences: usize,
     all_logits: bool,
 ) -> Result<(), RunError> {
     let here = here(opened, common)?;
-    let asked = Asked { all_logits, ..asked(common, compute, tokens, here.len()) };
+    let asked = Asked { all_logits, sequences: sequences as u64, ..asked(common, compute, tokens, here.len()) };
     admit(opened, &compute.sharing(&here), &asked, &compute.host(Path::new(ROOT)))
+}
+
+/// Tokens of the longest sequence, up to `most`, of which `sequences` fit into this machine's memory; none if not even
+/// short ones do.
+pub fn largest_start(
+    opened: &Opened,
+    common: &Common,
+    compute: &Compute,
+    most: usize,
+    sequences: usize,
+) -> Result<Option<usize>, RunError> {
+    let here = here(opened, common)?;
+    let asked = Asked { sequences: sequences as u64, ..asked(common, compute, most, here.len()) };
+    let plan = memory_plan(opened, &compute.sharing(&here), &asked, &compute.host(Path::new(ROOT)))?;
+    if plan.fits() || asked.reserve == Some(0) {
+        return Ok(Some(most));
+    }
+    Ok(plan.context_max.map(|tokens| most.min(usize::try_from(tokens).unwrap_or(most))))
 }
 
 /// `check`: the report on standard output. Errors: what refuses, also an artifact that cannot be opened.
