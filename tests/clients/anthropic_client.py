@@ -8,22 +8,15 @@ Expects nothing of the model but that it says something: every check is of the s
 exits with 1 if one failed.
 """
 
-import argparse
 import json
-import sys
-import traceback
 import urllib.request
 
 import anthropic
 
-CHECKS = []
+from checks import check, run, same
+
 THINK = {"type": "enabled", "budget_tokens": 1024}
 REASONS = ("end_turn", "max_tokens", "tool_use")
-
-
-def check(function):
-    CHECKS.append(function)
-    return function
 
 
 class Server:
@@ -54,10 +47,6 @@ class Server:
 
     def message(self, **options):
         return self.client.messages.create(**self.request(**options))
-
-
-def same(found, expected, what):
-    assert found == expected, f"{what}: found {found!r}, expected {expected!r}"
 
 
 def text(message):
@@ -211,24 +200,5 @@ def keys(server):
     refused(anthropic.AuthenticationError, lambda: other.messages.create(**request), "authentication_error")
 
 
-def main():
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("url")
-    arguments.add_argument("--api-key")
-    arguments.add_argument("--tokens", type=int, default=24)
-    given = arguments.parse_args()
-    server = Server(given.url, given.api_key, given.tokens)
-    failed = 0
-    for function in CHECKS:
-        try:
-            note = function(server)
-            print(f"PASS {function.__name__}" + (f" ({note})" if note else ""), flush=True)
-        except Exception:
-            failed += 1
-            print(f"FAIL {function.__name__}\n{traceback.format_exc()}", flush=True)
-    print(f"{len(CHECKS) - failed} of {len(CHECKS)} passed")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__doc__, Server)

@@ -8,19 +8,11 @@ Expects nothing of the model but that it says something: every check is of the s
 exits with 1 if one failed.
 """
 
-import argparse
 import json
-import sys
-import traceback
 
 import openai
 
-CHECKS = []
-
-
-def check(function):
-    CHECKS.append(function)
-    return function
+from checks import check, run, same
 
 
 class Server:
@@ -58,10 +50,6 @@ class Server:
 
     def respond(self, **options):
         return self.client.responses.create(**self.response(**options))
-
-
-def same(found, expected, what):
-    assert found == expected, f"{what}: found {found!r}, expected {expected!r}"
 
 
 @check
@@ -353,24 +341,5 @@ def keys(server):
     refused(openai.AuthenticationError, other.models.list, code="invalid_api_key")
 
 
-def main():
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("url")
-    arguments.add_argument("--api-key")
-    arguments.add_argument("--tokens", type=int, default=24)
-    given = arguments.parse_args()
-    server = Server(given.url, given.api_key, given.tokens)
-    failed = 0
-    for function in CHECKS:
-        try:
-            note = function(server)
-            print(f"PASS {function.__name__}" + (f" ({note})" if note else ""), flush=True)
-        except Exception:
-            failed += 1
-            print(f"FAIL {function.__name__}\n{traceback.format_exc()}", flush=True)
-    print(f"{len(CHECKS) - failed} of {len(CHECKS)} passed")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__doc__, Server)

@@ -271,15 +271,19 @@ fn optional_list<'a>(map: &'a Map<String, Value>, place: &str, field: &str) -> R
 }
 
 fn wrong_type(place: &str, expected: &'static str, found: &Value) -> ChatError {
-    let found = match found {
+    ChatError::WrongType { place: place.to_owned(), expected, found: kind(found) }
+}
+
+/// What a value is, for messages.
+pub(crate) fn kind(value: &Value) -> &'static str {
+    match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
         Value::Number(_) => "a number",
         Value::String(_) => "a string",
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
-    };
-    ChatError::WrongType { place: place.to_owned(), expected, found }
+    }
 }
 
 /// Python's truth: the published encoder prints a response format only if it is not empty.

@@ -19,6 +19,7 @@ mod stream;
 
 pub use encode::{Effort, EncodeOptions, Encoded, Profile, encode, encode_pieces};
 pub use error::ChatError;
+pub(crate) use message::kind;
 pub use message::{Arguments, Message, Role, Task, ToolCall, merge_tools, parse_messages, system_message};
 pub use parse::{Completion, ParsedCall, parse};
 pub use stream::{Event, StreamParser};

@@ -67,7 +67,7 @@ fn admit(config: &ServerConfig, request: &Request) -> Result<()> {
     if let Some(origin) = headers.get(header::ORIGIN)
         && request.method() == Method::POST
         && !is_listed(config, origin)
-        && !is_own(origin, headers)
+        && !is_own(config, origin, headers)
     {
         return Err(ApiError::origin(&String::from_utf8_lossy(origin.as_bytes())));
     }
@@ -104,11 +104,22 @@ fn is_listed(config: &ServerConfig, origin: &HeaderValue) -> bool {
     config.cors_origins.iter().any(|listed| listed == "*" || listed.as_bytes() == origin.as_bytes())
 }
 
-/// A page that this very server, or a proxy before it, has sent.
-fn is_own(origin: &HeaderValue, headers: &HeaderMap) -> bool {
+/// A page that this very server, or a proxy before it, has sent. Without a key the name must be this machine's: any
+/// other may have been made to lead here by whoever wrote the page.
+fn is_own(config: &ServerConfig, origin: &HeaderValue, headers: &HeaderMap) -> bool {
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
     let page = origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, host)| host);
-    page.is_some() && page == host
+    page.is_some() && page == host && (!config.api_keys.is_empty() || host.is_some_and(is_local))
+}
+
+/// Whether a host, with or without a port, is this machine by its name alone.
+fn is_local(host: &str) -> bool {
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let address = name.trim_start_matches('[').trim_end_matches(']').parse::<std::net::IpAddr>();
+    name.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback())
 }
 
 /// The answer to a browser that asks whether it may ask.
@@ -129,6 +140,25 @@ mod tests {
 
     fn config(address: &str) -> ServerConfig {
         ServerConfig::new(address.parse().expect("address"))
+    }
+
+    /// A name that was made to lead here is in both headers alike.
+    #[test]
+    fn without_a_key_only_this_machines_names_are_its_own() {
+        let own = |config: &ServerConfig, host: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, HeaderValue::from_str(host).expect("a host"));
+            is_own(config, &HeaderValue::from_str(&format!("http://{host}")).expect("an origin"), &headers)
+        };
+        let mut config = config("127.0.0.1:8000");
+        for host in ["localhost:8000", "LOCALHOST", "127.0.0.1:8000", "127.9.9.9", "[::1]:8000"] {
+            assert!(own(&config, host), "{host}");
+        }
+        let others = ["evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example:8000", "192.168.1.2:8000"];
+        others.iter().for_each(|host| assert!(!own(&config, host), "{host}"));
+        // Who has a key may call the server as its network does.
+        config.api_keys.push("key".into());
+        others.iter().for_each(|host| assert!(own(&config, host), "{host}"));
     }
 
     #[test]

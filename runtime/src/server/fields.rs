@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use serde_json::{Map, Value};
 
 use super::error::{ApiError, Result};
+use crate::chat::kind;
 
 /// Most values of a body. A value takes far more memory than its text; this bounds it, at several times what fills
 /// any context.
@@ -38,18 +39,6 @@ fn count_values(body: &[u8]) -> usize {
         }
     }
     values
-}
-
-/// What a value is, for messages.
-pub(super) fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
 }
 
 /// A text, or a list of objects in its place.

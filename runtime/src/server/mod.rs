@@ -199,16 +199,6 @@ impl Bound {
     }
 }
 
-/// [`bind`] and [`Bound::serve`].
-pub async fn serve(
-    config: ServerConfig,
-    model: Arc<ModelInfo>,
-    scheduler: Scheduler,
-    shutdown: impl Future<Output = ()>,
-) -> std::result::Result<(), ServerError> {
-    bind(config).await?.serve(model, scheduler, shutdown).await
-}
-
 /// Waits until every answer is written, or its reader has had time enough.
 async fn nothing_runs(app: &App) {
     let mut since = None;

@@ -8,8 +8,8 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::error::FormatError;
-use crate::io::DirectFile;
 use crate::io::ring::{probe, with_ring};
+use crate::io::{DirectFile, ReadMode};
 use crate::load::Block;
 use crate::load::destination::Destination;
 use crate::load::options::{CACHED_BYTES_MAX, Engine, Floor, Io, LoadOptions, LoadReport, Look};
@@ -93,7 +93,10 @@ pub(crate) fn load<'b, D: Destination>(
     }?;
     let seconds = started.elapsed().as_secs_f64();
     let mut cached_bytes_after = file.cached_bytes();
-    if cached_bytes_after.is_some_and(|bytes| bytes > CACHED_BYTES_MAX) {
+    // What went through the cache is dropped as it is used, but pages that a processor has just added to a batch stay
+    // until the whole file is asked for.
+    let allowed = if file.mode() == ReadMode::Direct { CACHED_BYTES_MAX } else { 0 };
+    if cached_bytes_after.is_some_and(|bytes| bytes > allowed) {
         file.evict();
         cached_bytes_after = file.cached_bytes();
     }

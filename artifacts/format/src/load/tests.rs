@@ -441,8 +441,7 @@ mod stages {
                 assert!(report.mode as usize >= refusals, "{report:?}");
                 match report.cached_bytes_after.filter(|_| !on_tmpfs(&file)) {
                     None => println!("SKIP residency: not to be known here"),
-                    // What a processor still has in a batch is dropped later; all of it were 6 MiB.
-                    Some(bytes) => assert!(bytes <= 2 << 20, "{report:?}"),
+                    Some(bytes) => assert!(bytes <= 1 << 20, "{report:?}"),
                 }
             }
         }

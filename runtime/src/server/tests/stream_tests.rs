@@ -171,8 +171,11 @@ fn silence_is_broken_by_comments() {
     let mut connection = connect(server.address);
     let body = stream(user("q")).to_string();
     write!(connection, "{}{body}", head("POST", CHAT, &[("Connection", "close")], body.len())).expect("writes");
-    read_until(&mut connection, ": keep-alive\n\n");
-    read_until(&mut connection, ": keep-alive\n\n");
+    // Whoever takes the first chunk for the first token is right.
+    for _ in 0..2 {
+        let before = read_until(&mut connection, ": keep-alive\n\n");
+        assert!(!before.contains("data:"), "{before}");
+    }
     server.engine.open_gates();
     let rest = read_until(&mut connection, "data: [DONE]");
     assert!(rest.contains("late"), "{rest}");
