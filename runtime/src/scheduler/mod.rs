@@ -61,6 +61,8 @@ pub struct Queued {
 #[derive(Default)]
 struct Queue {
     waiting: Vec<Queued>,
+    /// Places kept for jobs that are made ready.
+    kept: usize,
     taken: u64,
     draining: bool,
     ended: bool,
@@ -77,6 +79,15 @@ struct Shared {
 /// For those who ask.
 #[derive(Clone)]
 pub struct Scheduler(Arc<Shared>);
+
+/// A place in the queue, kept until it is dropped.
+pub struct Place(Arc<Shared>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.queue().kept -= 1;
+    }
+}
 
 /// For the one that computes. Dropped, nothing is taken any more and whoever waits hears that.
 pub struct Intake(Arc<Shared>);
@@ -95,6 +106,14 @@ impl Shared {
 }
 
 impl Scheduler {
+    /// Keeps a place for a job that is made ready, so that work is refused before it is done.
+    pub fn place(&self) -> Result<Place, Refused> {
+        let mut queue = self.0.queue();
+        self.require_room(&mut queue)?;
+        queue.kept += 1;
+        Ok(Place(self.0.clone()))
+    }
+
     /// Puts a job into the queue. What becomes of it is told by events.
     pub fn submit(&self, job: Job) -> Result<(), Refused> {
         let limits = &self.0.limits;
@@ -102,21 +121,7 @@ impl Scheduler {
             return Err(Refused::TooLong { context: limits.context });
         }
         let mut queue = self.0.queue();
-        if queue.draining || queue.ended {
-            return Err(Refused::Draining);
-        }
-        if queue.waiting.len() >= limits.queue {
-            // Those that nobody waits for any more hold no place.
-            let before = queue.waiting.len();
-            queue.waiting.retain(|q| !q.job.events.is_closed());
-            self.0.counters.finished[3].add((before - queue.waiting.len()) as u64);
-        }
-        if queue.waiting.len() >= limits.queue {
-            self.0.counters.refused.add(1);
-            return Err(Refused::Full {
-                retry_after: self.0.counters.retry_after(queue.waiting.len(), limits.running),
-            });
-        }
+        self.require_room(&mut queue)?;
         let order = queue.taken;
         queue.taken += 1;
         queue.waiting.push(Queued { job, since: Instant::now(), order });
@@ -124,6 +129,24 @@ impl Scheduler {
         drop(queue);
         self.0.changed.notify_one();
         Ok(())
+    }
+
+    fn require_room(&self, queue: &mut Queue) -> Result<(), Refused> {
+        let (limits, counters) = (&self.0.limits, &self.0.counters);
+        if queue.draining || queue.ended {
+            return Err(Refused::Draining);
+        }
+        if queue.waiting.len() + queue.kept >= limits.queue {
+            // Those that nobody waits for any more hold no place.
+            let before = queue.waiting.len();
+            queue.waiting.retain(|q| !q.job.events.is_closed());
+            counters.finished[3].add((before - queue.waiting.len()) as u64);
+        }
+        if queue.waiting.len() + queue.kept < limits.queue {
+            return Ok(());
+        }
+        counters.refused.add(1);
+        Err(Refused::Full { retry_after: counters.retry_after(queue.waiting.len(), limits.running) })
     }
 
     /// What was accepted runs to its end, nothing more is.

@@ -327,6 +327,12 @@ fn the_queue_is_bounded_and_ordered() {
     let gone: Vec<_> = (0..3).map(|n| submit(&scheduler, &prompt(n, 4), options(2)).expect("room")).collect();
     drop(gone);
     drop(submit(&scheduler, &prompt(9, 4), options(2)).expect("room again"));
+    while intake.next().is_some() {}
+    // A place that is kept is one less, until it is given back.
+    let places: Vec<_> = (0..3).map(|_| scheduler.place().unwrap_or_else(|_| panic!("room"))).collect();
+    assert!(matches!(scheduler.place().err(), Some(Refused::Full { .. })));
+    assert!(matches!(submit(&scheduler, &[2], options(1)).err(), Some(Refused::Full { .. })));
+    drop(places);
     let waits = submit(&scheduler, &prompt(9, 4), options(2)).expect("room");
     drop(intake);
     assert_eq!(collect(waits).1.err().as_deref(), Some("the server ends"));

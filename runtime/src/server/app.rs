@@ -53,6 +53,15 @@ impl App {
         self.answering.load(SeqCst)
     }
 
+    /// The work before a job is submitted, if there is a place for one. Errors: there is none; those of the work.
+    pub async fn make_ready<T: Send + 'static>(
+        self: &Arc<App>,
+        work: impl FnOnce(&App) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let _place = self.scheduler.place().map_err(|refused| ApiError::refused(refused, "", 0))?;
+        self.work(work).await
+    }
+
     /// Work that takes long, on a thread for such.
     pub async fn work<T: Send + 'static>(
         self: &Arc<App>,

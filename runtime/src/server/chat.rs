@@ -21,7 +21,7 @@ use super::reply::reply;
 pub(super) async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Response> {
     let answering = app.answer();
     let body = read(request, app.config.body_bytes_max).await?;
-    let (ask, prompt) = app.work(move |app| prepare(app, &body)).await?;
+    let (ask, prompt) = app.make_ready(move |app| prepare(app, &body)).await?;
     let form = ChatForm::new(&app.model.tokenizer, &ask);
     reply(&app, ask, vec![prompt], "messages", form, answering).await
 }

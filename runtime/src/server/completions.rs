@@ -21,7 +21,7 @@ use super::reply::reply;
 pub(super) async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Response> {
     let answering = app.answer();
     let body = read(request, app.config.body_bytes_max).await?;
-    let (ask, prompts) = app.work(move |app| prepare(app, &body)).await?;
+    let (ask, prompts) = app.make_ready(move |app| prepare(app, &body)).await?;
     let form = CompletionForm::new(&app.model.tokenizer, &ask, &prompts);
     reply(&app, ask, prompts, "prompt", form, answering).await
 }

@@ -32,7 +32,7 @@ pub(super) async fn messages(State(app): State<Arc<App>>, request: Request) -> R
     let answering = app.answer();
     let id = request_id(&request);
     let body = read(request, app.config.body_bytes_max).await?;
-    let (ask, prompt) = app.work(move |app| prepare(app, &body)).await?;
+    let (ask, prompt) = app.make_ready(move |app| prepare(app, &body)).await?;
     let mut answers = Answers::submit(&app, &ask, &[prompt], "messages")?;
     let mut form = MessageForm::new(&app.model.name, id);
     if ask.stream {

@@ -25,7 +25,7 @@ use super::turns::{Turns, function, join};
 pub(super) async fn responses(State(app): State<Arc<App>>, request: Request) -> Result<Response> {
     let answering = app.answer();
     let body = read(request, app.config.body_bytes_max).await?;
-    let (ask, prompt, response) = app.work(move |app| prepare(app, &body)).await?;
+    let (ask, prompt, response) = app.make_ready(move |app| prepare(app, &body)).await?;
     let mut answers = Answers::submit(&app, &ask, &[prompt], "input")?;
     let mut form = ResponseForm::new(response);
     if ask.stream {

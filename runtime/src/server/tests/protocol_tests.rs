@@ -197,11 +197,14 @@ fn a_full_queue_says_when_to_come_again() {
     let reply = server.post(CHAT, with(user("q"), json!({"stream": true})));
     assert_eq!(reply.error(429)["type"], "rate_limit_error");
     assert!(reply.header("retry-after").and_then(|s| s.parse::<u64>().ok()).is_some_and(|s| (1..=60).contains(&s)));
-    assert_eq!(server.post(CHAT, with(user("q"), json!({"n": 3}))).error(400)["param"], "messages");
+    // What could never wait is told so when there is time to look at it.
+    let never = with(user("q"), json!({"n": 3}));
+    assert_eq!(server.post(CHAT, never.clone()).error(429)["code"], "queue_full");
     server.engine.open_gates();
     for mut connection in kept {
         assert_eq!(read_reply(&mut connection).json()["choices"][0]["message"]["content"], " yellow orange");
     }
+    assert_eq!(server.post(CHAT, never).error(400)["param"], "messages");
 }
 
 #[test]
